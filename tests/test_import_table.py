@@ -26,39 +26,39 @@ FOLDERS = {  # folder of the repository -> name of the package
 }
 
 # module (without "moe_runtime.") | modules of ours it may import | packages of others
-# A row may name only rows above it; `core` and `errors` are open to every row below them.
+# A row may name only rows above it (ABOVE: all of them); `core` and `errors` are open to all.
 # A name ending in ".*" stands for a package and all that is in it.
 ROWS = """
-errors                |                                             |
-core                  |                                             | numpy
-kernels.*             | kernels.*                                   | torch numpy triton
-config                |                                             |
-model_spec            |                                             | torch transformers
-access                |                                             | numpy
-safetensors_index     |                                             | safetensors
-checkpoint            | model_spec safetensors_index                | torch transformers safetensors numpy
-hardware              |                                             | torch numpy psutil pynvml
-trace                 | access model_spec                           | torch numpy safetensors
-store                 | checkpoint                                  | torch numpy safetensors
-eviction              | access                                      | numpy
-eviction_learned      | access eviction                             | numpy
-simulate              | access eviction                             | numpy
-predictors.base       | trace                                       | torch numpy
-predictors.*          | trace predictors.*                          | torch numpy safetensors
-cache                 | store eviction                              | torch numpy
-prefetch              | cache predictors.base                       | torch numpy
-executor              | cache prefetch kernels.* model_spec         | torch numpy transformers
-scheduler             | cache predictors.base                       | torch numpy
-steering              | trace model_spec                            | torch numpy
-profiler              |                                             | numpy psutil
-placement.ilp         | trace placement.*                           | numpy pulp
-placement.export_*    | trace placement.*                           | numpy torch safetensors
-placement.bake        | trace placement.*                           | numpy torch safetensors
-placement.*           | trace placement.*                           | numpy
-report.*              | profiler placement.plan report.*            | numpy jinja2 matplotlib
-runtime               | ABOVE                                       | torch numpy transformers psutil
-__init__              | ABOVE                                       |
-cli.*                 | __init__ runtime report.* config placement.* predictors.* cli.* | typer rich torch transformers
+errors            |                                        |
+core              |                                        | numpy
+kernels.*         | kernels.*                              | torch numpy triton
+config            |                                        |
+model_spec        |                                        | torch transformers
+access            |                                        | numpy
+safetensors_index |                                        | safetensors torch transformers
+checkpoint        | model_spec safetensors_index           | torch transformers safetensors numpy
+hardware          |                                        | torch numpy psutil pynvml
+trace             | access model_spec                      | torch numpy safetensors
+store             | checkpoint                             | torch numpy safetensors
+eviction          | access                                 | numpy
+eviction_learned  | access eviction                        | numpy
+simulate          | access eviction                        | numpy
+predictors.base   | trace                                  | torch numpy
+predictors.*      | trace predictors.*                     | torch numpy safetensors
+cache             | store eviction                         | torch numpy
+prefetch          | cache predictors.base                  | torch numpy
+executor          | cache prefetch kernels.* model_spec    | torch numpy transformers
+scheduler         | cache predictors.base                  | torch numpy
+steering          | trace model_spec                       | torch numpy
+profiler          |                                        | numpy psutil
+placement.ilp     | trace placement.*                      | numpy pulp
+placement.export_*| trace placement.*                      | numpy torch safetensors
+placement.bake    | trace placement.*                      | numpy torch safetensors
+placement.*       | trace placement.*                      | numpy
+report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
+runtime           | ABOVE                                  | torch numpy transformers psutil
+__init__          | ABOVE                                  |
+cli.*             | __init__ runtime config report.* placement.* predictors.* cli.* | typer rich torch transformers
 """
 
 ALWAYS = {"errors", "core"}
@@ -131,7 +131,9 @@ def imports_of(source: str) -> Iterator[Import]:
 
     def visit(node: ast.AST, *, top: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
-            inner = top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            inner = top and not isinstance(
+                child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+            )
             if isinstance(child, ast.Import):
                 for alias in child.names:
                     yield Import(target=alias.name, line=child.lineno, top=top)
@@ -155,7 +157,7 @@ def imports_of(source: str) -> Iterator[Import]:
 
 def our_module(target: str) -> str | None:
     """The module of ours that a dotted import target names, None if it is not of ours."""
-    if target.split(".")[0] != "moe_runtime":
+    if target.split(".", 1)[0] != "moe_runtime":
         return None
     parts = target.split(".")[1:]
     while parts and ".".join(parts) not in FILES:
@@ -217,8 +219,10 @@ def test_a_row_names_only_rows_above_it() -> None:
     for row in TABLE:
         above.append(row.module)
         unknown = {
-            name for name in row.ours - ALWAYS
-            if name not in above and not (name == "placement.plan" and "placement.*" in above)
+            name
+            for name in row.ours - ALWAYS
+            if name not in above
+            and not (name == "placement.plan" and "placement.*" in above)
             and not name.startswith(row.module.split(".")[0] + ".")
         }
         assert not unknown, f"{row.module} names {unknown}, which are not above it"

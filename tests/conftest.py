@@ -1,0 +1,77 @@
+"""Fixtures that tests share: tiny checkpoints in every stored form, a prompt, its continuation.
+
+Does not know the runtime: the models here are plain transformers' own.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks a hub
+
+import shutil
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+import transformers
+from transformers import Qwen3MoeForCausalLM
+
+from tiny import FORMS, SHARD_SIZE, VOCAB, TinyCheckpoints, tiny_model
+
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_configure() -> None:
+    """One thread for models this small; a test that wants more sets and restores it."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoints:
+    """The tiny model in every form; tests must not write there (see `writable_checkpoints`)."""
+    root = tmp_path_factory.mktemp("tiny")
+    model = tiny_model()
+    for form in FORMS:
+        model.save_pretrained(
+            root / form,
+            save_original_format=form.startswith("per_expert"),
+            max_shard_size=SHARD_SIZE if form.endswith("sharded") else "1GB",
+        )
+    return TinyCheckpoints(**{form: root / form for form in FORMS})
+
+
+@pytest.fixture
+def writable_checkpoints(tiny_checkpoints: TinyCheckpoints, tmp_path: Path) -> TinyCheckpoints:
+    """Copies of the tiny checkpoints that a test may damage."""
+    for form in FORMS:
+        shutil.copytree(tiny_checkpoints.form(form), tmp_path / "copies" / form)
+    return TinyCheckpoints(**{form: tmp_path / "copies" / form for form in FORMS})
+
+
+@pytest.fixture(scope="session")
+def prompt() -> torch.Tensor:
+    """Token ids `[1, 12]` of a prompt."""
+    return torch.randint(1, VOCAB, (1, 12), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def eager_tokens(tiny_checkpoints: TinyCheckpoints, prompt: torch.Tensor) -> torch.Tensor:
+    """Token ids `[1, 28]`: the prompt and 16 tokens that plain transformers adds greedily."""
+    model = Qwen3MoeForCausalLM.from_pretrained(
+        tiny_checkpoints.per_expert, experts_implementation="eager"
+    ).eval()
+    tokens = model.generate(prompt, max_new_tokens=16, do_sample=False)
+    assert isinstance(tokens, torch.Tensor)
+    return tokens
