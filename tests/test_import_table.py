@@ -58,7 +58,8 @@ placement.*       | trace placement.*                      | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 __init__          | ABOVE                                  |
-cli.*             | __init__ runtime config report.* placement.* predictors.* cli.* | typer rich torch transformers
+cli.*             | __init__ runtime config report.* placement.* predictors.* cli.* \
+                  | typer rich torch transformers
 """
 
 ALWAYS = {"errors", "core"}
