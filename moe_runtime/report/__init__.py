@@ -1,0 +1,10 @@
+"""A run's record, rendered: `Report` makes text, JSON and one HTML page of it.
+
+Does not know models, caches or the runtime: a report is made from a run's plain data only.
+"""
+
+from moe_runtime.report.report import Report
+from moe_runtime.report.run import RUN_FORMAT, RUN_VERSION, Counters, RunError
+from moe_runtime.report.summary import Summary
+
+__all__ = ["RUN_FORMAT", "RUN_VERSION", "Counters", "Report", "RunError", "Summary"]

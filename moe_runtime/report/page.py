@@ -1,0 +1,356 @@
+"""A run as one HTML page: what the template is given.
+
+Does not know how figures are drawn nor how numbers were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_runtime.report import figures
+from moe_runtime.report.run import DECODE, PREFILL, Run
+from moe_runtime.report.summary import (
+    NONE,
+    Summary,
+    compared,
+    count,
+    duration,
+    latency,
+    outcome,
+    percent,
+    rate,
+    size,
+)
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+__all__ = ["render_page"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A drawing with its heading; `heat` asks for the scale of a heat map."""
+
+    title: str
+    note: str
+    svg: str
+    heat: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One figure of the headline."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyRow:
+    """One line of the comparison of eviction policies; `bar` is its misses over the most, 0 to 1.
+
+    `kind` is `run` for what was measured, `bound` for Belady's optimum, else empty.
+    """
+
+    name: str
+    kind: str
+    hit_rate: str
+    misses: str
+    bytes: str
+    over: str
+    bar: float
+
+
+def render_page(run: Run, summary: Summary) -> str:
+    """The whole page."""
+    model = run.section("model")
+    simulation = run.section("simulation")
+    return _template().render(
+        title=model.get("name") or model.get("class") or "unnamed model",
+        outcome=outcome(summary),
+        compared=compared(run),
+        equal=summary.tokens_equal is not None and summary.tokens_equal == summary.tokens_compared,
+        tiles=_tiles(run, summary),
+        policies=_policies(run),
+        simulation_slots=count(simulation.get("slots")) if simulation.get("slots") else None,
+        layer_figures=_present(
+            Figure(
+                title="Hit rate by layer",
+                note=f"dashed: whole run, {percent(summary.hit_rate)}",
+                svg=figures.hit_rate_by_layer(run) or "",
+            ),
+        ),
+        time_figures=_present(
+            Figure(
+                title="Misses a step",
+                note="of the experts that the step needed",
+                svg=figures.misses_over_time(run) or "",
+            ),
+            Figure(
+                title="Read so far",
+                note="bytes from the slow tiers",
+                svg=figures.bytes_over_time(run) or "",
+            ),
+            Figure(
+                title="Latency a step",
+                note="and the part of it spent waiting",
+                svg=figures.latency_over_time(run) or "",
+            ),
+        ),
+        residency_figures=_present(
+            Figure(
+                title="Held, by expert",
+                note="share of the snapshots in which the expert was in the fast tier",
+                svg=figures.residency_share(run) or "",
+                heat=True,
+            ),
+            Figure(
+                title="Held, over time",
+                note="share of the layer's experts in the fast tier at each snapshot",
+                svg=figures.residency_over_time(run) or "",
+                heat=True,
+            ),
+        ),
+        snapshots=0 if run.residency is None else len(run.residency.steps),
+        dropped=run.steps.dropped,
+        latencies=_latencies(run),
+        layers=_layers(run),
+        generated=_generated(run),
+        tables=_tables(run, summary),
+        explanation=run.section("budget").get("explanation"),
+    )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("moe_runtime.report").joinpath("templates/report.html.j2")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source.read_text(encoding="utf-8"))
+
+
+def _present(*drawn: Figure) -> list[Figure]:
+    return [figure for figure in drawn if figure.svg]
+
+
+def _tiles(run: Run, summary: Summary) -> list[Tile]:
+    totals = run.counters
+    used, budget = summary.budget_used_bytes, summary.budget_bytes
+    share = used / budget if used is not None and budget else None
+    return [
+        Tile(
+            label="Decode",
+            value=f"{rate(summary.decode_tokens_per_second)} tok/s",
+            note=f"{count(totals.decode_tokens)} tokens in {duration(totals.decode_seconds)}",
+        ),
+        Tile(
+            label="Prefill",
+            value=f"{rate(summary.prefill_tokens_per_second)} tok/s",
+            note=f"{count(totals.prefill_tokens)} tokens in {duration(totals.prefill_seconds)}",
+        ),
+        Tile(
+            label="Hit rate",
+            value=percent(summary.hit_rate),
+            note=f"{count(totals.hits)} of {count(totals.uses)} uses; "
+            f"decode {percent(summary.decode_hit_rate)}",
+        ),
+        Tile(
+            label="Read from disk",
+            value=size(summary.bytes_read),
+            note=f"{size(summary.bytes_per_decode_token)} a decoded token",
+        ),
+        Tile(
+            label="Stalled",
+            value=duration(summary.stall_seconds),
+            note=f"{percent(summary.stall_share)} of the step time",
+        ),
+        Tile(
+            label="Expert memory",
+            value=size(used),
+            note=f"{percent(share)} of the budget; process peak {size(summary.peak_rss_bytes)}",
+        ),
+    ]
+
+
+def _policies(run: Run) -> list[PolicyRow]:
+    """The run as measured, then each policy simulated on its routing, Belady's optimum last."""
+    if not run.simulated:
+        return []
+    policy = str(run.section("config").get("policy", "policy"))
+    each, totals = run.mean_expert_bytes, run.counters
+    least = next((entry.misses for entry in run.simulated if entry.name == "belady"), 0)
+    entries = sorted(run.simulated, key=lambda entry: -entry.misses)
+    lines = [(f"{policy}, as run", "run", totals.hit_rate, totals.misses)] + [
+        (
+            "Belady's optimum" if entry.name == "belady" else f"{entry.name}, simulated",
+            "bound" if entry.name == "belady" else "",
+            entry.hit_rate,
+            entry.misses,
+        )
+        for entry in entries
+    ]
+    most = max(misses for *_, misses in lines)
+    return [
+        PolicyRow(
+            name=name,
+            kind=kind,
+            hit_rate=percent(hit_rate),
+            misses=count(misses),
+            bytes=size(None if each is None else misses * each),
+            over=f"{misses / least:.2f}\N{MULTIPLICATION SIGN}" if least else NONE,
+            bar=misses / most if most else 0.0,
+        )
+        for name, kind, hit_rate, misses in lines
+    ]
+
+
+def _latencies(run: Run) -> list[dict[str, str]]:
+    rows = []
+    for name, phase in (("Prefill", PREFILL), ("Decode", DECODE)):
+        times = latency(run, phase)
+        if times is not None:
+            rows.append(
+                {
+                    "phase": name,
+                    "steps": count(times.steps),
+                    "mean": duration(times.mean),
+                    "median": duration(times.median),
+                    "p90": duration(times.p90),
+                    "p99": duration(times.p99),
+                    "longest": duration(times.longest),
+                    "stalled": percent(times.stalled),
+                }
+            )
+    return rows
+
+
+def _layers(run: Run) -> list[dict[str, str]]:
+    held: dict[int, str] = {}
+    if run.residency is not None and run.grid.size:
+        sums = np.add.reduceat(run.residency.held, run.grid.offsets, axis=1, dtype=np.int64)
+        means = sums.mean(axis=0)
+        held = {
+            layer: f"{mean:.1f} of {experts}"
+            for layer, mean, experts in zip(run.grid.layers, means, run.grid.experts, strict=True)
+        }
+    return [
+        {
+            "layer": str(layer.layer),
+            "hit_rate": percent(layer.hit_rate),
+            "hits": count(layer.hits),
+            "misses": count(layer.misses),
+            "bytes": size(layer.bytes_read),
+            "stall": duration(layer.stall_seconds),
+            "held": held.get(layer.layer, NONE),
+        }
+        for layer in run.layers
+    ]
+
+
+def _generated(run: Run) -> list[dict[str, str]]:
+    samples = run.data.get("generated") or []
+    shown = []
+    for sample in samples if isinstance(samples, list) else []:
+        if not isinstance(sample, Mapping):
+            continue
+        tokens, seconds = sample.get("new_tokens"), sample.get("seconds")
+        note = f"{count(tokens)} tokens" if isinstance(tokens, int) else ""
+        if note and isinstance(seconds, int | float):
+            note += f" in {duration(seconds)}"
+        shown.append(
+            {
+                "prompt": str(sample.get("prompt", "")),
+                "text": str(sample.get("text", "")),
+                "note": note,
+            }
+        )
+    return shown
+
+
+def _tables(run: Run, summary: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The sections that are lists of names and values."""
+    totals, budget, model = run.counters, run.section("budget"), run.section("model")
+    share = budget.get("share")
+    memory = [
+        ("Budget", size(summary.budget_bytes)),
+        ("Share of all experts", percent(share) if isinstance(share, int | float) else NONE),
+        ("Slots", _plain(budget.get("slots"))),
+        ("Bytes a slot", _sizes(budget.get("slot_bytes"))),
+        ("Staging", _sizes(budget.get("staging_bytes"))),
+        ("Used at most", size(summary.budget_used_bytes)),
+        ("Process peak", size(summary.peak_rss_bytes)),
+        ("Process before loading", size(summary.rss_before_load_bytes)),
+    ]
+    counted = [
+        ("Forward calls", count(totals.steps)),
+        ("Tokens", count(totals.tokens)),
+        ("Experts needed", count(totals.uses)),
+        ("Misses", count(totals.misses)),
+        ("… read again", count(totals.rereads)),
+        ("Evictions", count(totals.evictions)),
+        ("Read from disk", size(totals.bytes_read)),
+        ("Read from host memory", size(totals.host_bytes)),
+        ("Time in steps", duration(totals.step_seconds)),
+        ("… in experts", duration(totals.expert_seconds)),
+        ("… waiting for experts", duration(totals.stall_seconds)),
+    ]
+    shape = [
+        ("Class", _plain(model.get("class"))),
+        ("MoE layers", count(len(run.grid.layers))),
+        ("Experts a layer", _plain(sorted(set(run.grid.experts)))),
+        ("Experts a token", _plain(sorted(set(model.get("top_k") or [])))),
+        ("Experts in all", count(run.grid.size)),
+        ("Bytes an expert", _sizes(model.get("expert_bytes"))),
+        ("All experts", _sizes(model.get("total_expert_bytes"))),
+        ("Everything else", _sizes(model.get("dense_bytes"))),
+        ("Weights", _plain(model.get("dtype"))),
+        ("Fingerprint", _plain(model.get("fingerprint"))),
+    ]
+    return [
+        ("Memory", memory),
+        ("Counters", counted),
+        ("Model", shape),
+        ("Configuration", [(key, _plain(v)) for key, v in run.section("config").items()]),
+        ("Machine", _machine(run.section("machine"))),
+    ]
+
+
+def _machine(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (key.removesuffix("_bytes"), _sizes(value) if key.endswith("_bytes") else _plain(value))
+        for key, value in machine.items()
+    ]
+
+
+def _plain(value: Any) -> str:
+    """Any plain value in words."""
+    if value is None or value == []:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return count(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ", ".join(_plain(item) for item in value)
+    return str(value)
+
+
+def _sizes(value: Any) -> str:
+    """Byte sizes: one, or the distinct ones of a list."""
+    if isinstance(value, list):
+        known = sorted({item for item in value if isinstance(item, int)})
+        return ", ".join(size(item) for item in known) or NONE
+    return size(value) if isinstance(value, int) else _plain(value)
