@@ -33,24 +33,34 @@ errors            |                                        |
 core              |                                        | numpy
 kernels.*         | kernels.*                              | torch numpy triton
 config            |                                        |
+memory            |                                        | torch psutil
+device            |                                        | torch
+hardware          | memory                                 | torch numpy psutil pynvml
 model_spec        |                                        | torch transformers
+paged             |                                        | torch
+loading           | model_spec paged                       | torch transformers
+safetensors_index |                                        | torch transformers safetensors
+checkpoint        | model_spec safetensors_index           | torch transformers numpy
 access            |                                        | numpy
-safetensors_index |                                        | safetensors torch transformers
-checkpoint        | model_spec safetensors_index           | torch transformers safetensors numpy
-hardware          |                                        | torch numpy psutil pynvml
 trace             | access model_spec                      | torch numpy safetensors
-store             | checkpoint                             | torch numpy safetensors
+slots             | model_spec                             | torch
+store             | checkpoint model_spec slots            | torch numpy
+budget            | memory model_spec slots store          | torch transformers
 eviction          | access                                 | numpy
 eviction_learned  | access eviction                        | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
 predictors.*      | trace predictors.*                     | torch numpy safetensors
 cache             | store eviction                         | torch numpy
-prefetch          | cache predictors.base                  | torch numpy
-executor          | cache prefetch kernels.* model_spec    | torch numpy transformers
+prefetch          | cache device store predictors.base     | torch numpy
+steps             |                                        | torch
+routing           |                                        | torch numpy
+eager             |                                        | torch
+profiler          | access                                 | numpy psutil
+executor          | kernels.* model_spec access cache device eager prefetch profiler routing slots \
+                    steps                                  | torch numpy transformers
 scheduler         | cache predictors.base                  | torch numpy
 steering          | trace model_spec                       | torch numpy
-profiler          |                                        | numpy psutil
 placement.ilp     | trace placement.*                      | numpy pulp
 placement.export_*| trace placement.*                      | numpy torch safetensors
 placement.bake    | trace placement.*                      | numpy torch safetensors
@@ -77,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """One import found in a file; `target` is dotted, `top` says whether it runs on import."""
+    """One import found in a file; `target` is dotted, `top` says whether importing runs it."""
 
     target: str
     line: int
@@ -132,8 +142,9 @@ def imports_of(source: str) -> Iterator[Import]:
 
     def visit(node: ast.AST, *, top: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
-            inner = top and not isinstance(
-                child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+            inner = top and not (
+                isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
             )
             if isinstance(child, ast.Import):
                 for alias in child.names:
