@@ -208,6 +208,7 @@ def misses_over_time(run: Run) -> str | None:
         _curve(axes, at, _means(uses, starts), _RULE, "experts needed", fill=True)
         _curve(axes, at, _means(steps.misses, starts), _ACCENT, "misses", fill=True)
         _fit_decode(axes, uses, run)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         _mark_prefill(axes, run)
         _legend(drawing, axes)
     return drawing.svg
@@ -221,8 +222,9 @@ def _curve(
         axes.plot(at, values, "o", color=colour, markersize=5, label=label)
         return
     if fill:
-        axes.fill_between(at, values, color=colour, alpha=0.45 if colour != _RULE else 0.7, lw=0)
-    axes.plot(at, values, color=colour, linewidth=1.4, label=label)
+        alpha = 0.7 if colour == _RULE else 0.45
+        axes.fill_between(at, values, color=colour, alpha=alpha, linewidth=0, label=label)
+    axes.plot(at, values, color=colour, linewidth=1.4, label=None if fill else label)
 
 
 def bytes_over_time(run: Run) -> str | None:
@@ -303,8 +305,11 @@ def residency_share(run: Run) -> str | None:
     return drawing.svg
 
 
-def residency_over_time(run: Run) -> str | None:
-    """Layers by snapshots: the share of each layer's experts that was held."""
+def residency_over_time(run: Run) -> tuple[str, float] | None:
+    """Layers by snapshots: the share of each layer's experts that was held.
+
+    The second value is the share that is drawn in full colour.
+    """
     if run.residency is None or not run.grid.size:
         return None
     held = run.residency.held
@@ -315,11 +320,12 @@ def residency_over_time(run: Run) -> str | None:
     starts = _bins(shares.shape[1])
     shares = shares[:, starts]
     numbers = run.residency.steps[starts]
+    most = float(shares.max()) or 1.0
     with _drawing(_heat_size(len(shares))) as drawing:
         axes = drawing.figure.add_subplot()
-        _heat(axes, shares)
+        _heat(axes, shares / most)
         _layer_ticks(axes, run.grid.layers)
         stride = max(1, -(-len(numbers) // 12))
         axes.set_xticks(range(0, len(numbers), stride), [f"{n:,}" for n in numbers[::stride]])
         axes.set_xlabel("step (forward call)")
-    return drawing.svg
+    return drawing.svg, most

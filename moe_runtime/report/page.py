@@ -36,12 +36,12 @@ __all__ = ["render_page"]
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A drawing with its heading; `heat` asks for the scale of a heat map."""
+    """A drawing with its heading; `full` is what a heat map's full colour stands for."""
 
     title: str
     note: str
     svg: str
-    heat: bool = False
+    full: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ def render_page(run: Run, summary: Summary) -> str:
     """The whole page."""
     model = run.section("model")
     simulation = run.section("simulation")
+    held_over_time, most_held = figures.residency_over_time(run) or ("", 0.0)
     return _template().render(
         title=model.get("name") or model.get("class") or "unnamed model",
         outcome=outcome(summary),
@@ -110,13 +111,13 @@ def render_page(run: Run, summary: Summary) -> str:
                 title="Held, by expert",
                 note="share of the snapshots in which the expert was in the fast tier",
                 svg=figures.residency_share(run) or "",
-                heat=True,
+                full="100 %",
             ),
             Figure(
                 title="Held, over time",
                 note="share of the layer's experts in the fast tier at each snapshot",
-                svg=figures.residency_over_time(run) or "",
-                heat=True,
+                svg=held_over_time,
+                full=percent(most_held),
             ),
         ),
         snapshots=0 if run.residency is None else len(run.residency.steps),
@@ -178,7 +179,7 @@ def _tiles(run: Run, summary: Summary) -> list[Tile]:
         Tile(
             label="Expert memory",
             value=size(used),
-            note=f"{percent(share)} of the budget; process peak {size(summary.peak_rss_bytes)}",
+            note=f"{percent(share)} of budget, process peak {size(summary.peak_rss_bytes)}",
         ),
     ]
 

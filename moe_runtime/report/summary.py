@@ -44,8 +44,14 @@ def percent(share: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """`1.50 GiB`."""
-    return NONE if value is None else format_bytes(value)
+    """`1.50 GiB`, `145 MiB`: three figures."""
+    if value is None:
+        return NONE
+    number, unit = format_bytes(value).split()
+    amount = float(number)
+    if unit == "B" or amount < 10:
+        return f"{number} {unit}"
+    return f"{amount:.1f} {unit}" if amount < 100 else f"{amount:,.0f} {unit}"
 
 
 def rate(value: float | None) -> str:
