@@ -1,0 +1,10 @@
+"""The expert MLP over slots: `reference` is the specification, the others compute the same faster.
+
+Imports nothing of this project.
+"""
+
+from moe_runtime.kernels.cpu import decode_experts
+from moe_runtime.kernels.grouped import grouped_experts
+from moe_runtime.kernels.reference import ExpertForm, expert_mlp
+
+__all__ = ["ExpertForm", "decode_experts", "expert_mlp", "grouped_experts"]

@@ -1,0 +1,46 @@
+"""Run and place Mixture-of-Experts models by where their tokens really go."""
+
+import moe_runtime.report  # noqa: F401  first: the function below takes the package's name
+from moe_runtime.core import ExpertId
+from moe_runtime.errors import (
+    AttachError,
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    ExpertReadError,
+    MoERuntimeError,
+    TraceError,
+    UnsupportedModelError,
+)
+from moe_runtime.runtime import (
+    attach,
+    detach,
+    from_pretrained,
+    inspect_checkpoint,
+    record,
+    report,
+    runtime_of,
+)
+from moe_runtime.trace import RoutingTrace
+from moe_runtime.version import __version__
+
+__all__ = [
+    "AttachError",
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "ExpertId",
+    "ExpertReadError",
+    "MoERuntimeError",
+    "RoutingTrace",
+    "TraceError",
+    "UnsupportedModelError",
+    "__version__",
+    "attach",
+    "detach",
+    "from_pretrained",
+    "inspect_checkpoint",
+    "record",
+    "report",
+    "runtime_of",
+]

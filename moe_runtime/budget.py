@@ -1,0 +1,193 @@
+"""From a budget to slots: how many experts of each shape fit, staging included.
+
+Arithmetic on a spec and a number of bytes; `auto` reads free memory. Moves nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from moe_runtime.core import format_bytes, parse_bytes, parse_share
+from moe_runtime.errors import BudgetError
+from moe_runtime.memory import free_memory
+from moe_runtime.model_spec import MoESpec
+from moe_runtime.slots import slot_bytes
+from moe_runtime.store import bounce_bytes
+
+__all__ = ["BudgetPlan", "least_budget", "plan_budget", "resolve_budget"]
+
+_MAX_CHUNK = 1 << 20
+_MIN_CHUNK = 4096
+_KV_TOKENS = 4096
+_MARGIN = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetPlan:
+    """What a budget holds.
+
+    Args:
+        total: bytes granted.
+        slots: slots of each expert shape, in the order of `MoESpec.groups`.
+        chunk: largest piece that a reader reads at once, in bytes.
+        staging: bytes of all bounce buffers.
+        pools: bytes of all slots.
+        explanation: one sentence for people.
+    """
+
+    total: int
+    slots: tuple[int, ...]
+    chunk: int
+    staging: int
+    pools: int
+    explanation: str
+
+    @property
+    def used(self) -> int:
+        """Bytes that the fast tier spends on experts."""
+        return self.pools + self.staging
+
+
+def resolve_budget(
+    budget: int | str,
+    spec: MoESpec,
+    config: PreTrainedConfig,
+    device: torch.device,
+    *,
+    threads: int,
+) -> tuple[int, str]:
+    """(bytes, one sentence that says how they were chosen).
+
+    A share is one of the bytes of all experts; 100 % and more means that every expert fits, with
+    the staging that it takes to read them.
+    """
+    everything = _whole(spec, threads)
+    share = None if isinstance(budget, int) else parse_share(budget)
+    if share is not None:
+        total = int(share * spec.total_expert_bytes)
+        total = max(total, everything) if share >= 1 else total
+        return total, f"{budget} of {format_bytes(spec.total_expert_bytes)} of experts"
+    if budget != "auto":
+        total = parse_bytes(budget)
+        return total, f"{format_bytes(total)} as asked"
+    free = free_memory(device)
+    cache = _kv_bytes(config)
+    margin = max(_MARGIN, free // 20)
+    total = min(max(free - cache - margin, 0), everything)
+    text = (
+        f"auto: {format_bytes(free)} free on {device.type}, less {format_bytes(cache)} for the "
+        f"key/value cache of {_KV_TOKENS} tokens and {format_bytes(margin)} of margin"
+    )
+    if total == everything:
+        text += "; every expert fits"
+    return total, text
+
+
+def _whole(spec: MoESpec, threads: int) -> int:
+    """A budget in which every expert has a slot."""
+    slots = sum(layer.num_experts * slot_bytes(layer.params) for layer in spec.layers)
+    largest = max(param.nbytes for params in spec.groups for param in params)
+    return slots + threads * bounce_bytes(min(largest, _MAX_CHUNK))
+
+
+def _kv_bytes(config: PreTrainedConfig) -> int:
+    text = config.get_text_config()
+    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    heads = int(getattr(text, "num_key_value_heads", 0) or getattr(text, "num_attention_heads", 0) or 0)
+    width = getattr(text, "head_dim", None)
+    if not width:
+        attention = int(getattr(text, "num_attention_heads", 0) or 1)
+        width = int(getattr(text, "hidden_size", 0) or 0) // attention
+    dtype = getattr(text, "dtype", None)
+    size = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+    return 2 * layers * heads * int(width) * size * _KV_TOKENS
+
+
+def _chunk(total: int, threads: int, largest: int, floor: int) -> int:
+    """Piece size: large enough for the disk, small beside the budget."""
+    fair = max(_MIN_CHUNK, total // 32 // threads)
+    return max(floor, min(_MAX_CHUNK, largest, fair))
+
+
+def least_budget(spec: MoESpec, *, threads: int, floor: int, disk: bool) -> int:
+    """The smallest budget that works: one layer's top-k of each shape, and staging."""
+    need = _least_slots(spec)
+    pools = sum(
+        count * slot_bytes(params) for count, params in zip(need, spec.groups, strict=True)
+    )
+    if not disk:
+        return pools
+    # The piece size depends on the budget, weakly: the fixed point is reached at once or twice.
+    total = pools
+    largest = max(param.nbytes for params in spec.groups for param in params)
+    for _ in range(4):
+        total = pools + threads * bounce_bytes(_chunk(total, threads, largest, floor))
+    return total
+
+
+def _least_slots(spec: MoESpec) -> list[int]:
+    need = [0] * len(spec.groups)
+    for position, layer in enumerate(spec.layers):
+        group = spec.group_of(position)
+        need[group] = max(need[group], layer.top_k)
+    return need
+
+
+def plan_budget(
+    spec: MoESpec,
+    total: int,
+    explanation: str,
+    *,
+    threads: int,
+    floor: int,
+    disk: bool,
+) -> BudgetPlan:
+    """Cut a budget into staging and slots.
+
+    Args:
+        total: bytes.
+        threads: reader threads, each with a bounce buffer.
+        floor: the smallest piece that can be read (a row that is converted on the way).
+        disk: whether anything is read from disk at all.
+
+    Raises:
+        BudgetError: less than one layer's top-k fits; says the least that works.
+    """
+    largest = max(param.nbytes for params in spec.groups for param in params)
+    chunk = _chunk(total, threads, largest, floor)
+    staging = threads * bounce_bytes(chunk) if disk else 0
+    least = _least_slots(spec)
+    sizes = [slot_bytes(params) for params in spec.groups]
+    whole = [0] * len(sizes)
+    for position, layer in enumerate(spec.layers):
+        whole[spec.group_of(position)] += layer.num_experts
+    base = sum(count * size for count, size in zip(least, sizes, strict=True))
+    if staging + base > total:
+        smallest = least_budget(spec, threads=threads, floor=floor, disk=disk)
+        raise BudgetError(
+            f"an expert budget of {format_bytes(total)} ({total} bytes) does not hold one layer's "
+            f"top-k experts ({max(least)} of {format_bytes(max(sizes))}) and "
+            f"{format_bytes(staging)} of staging; the least that works is {smallest} bytes "
+            f"({format_bytes(smallest)})"
+        )
+    # Shapes share what is left in proportion to the bytes of all their experts.
+    rest = total - staging - base
+    weight = [count * size for count, size in zip(whole, sizes, strict=True)]
+    slots = [
+        min(full, floor_ + int(rest * share / sum(weight)) // size)
+        for full, floor_, share, size in zip(whole, least, weight, sizes, strict=True)
+    ]
+    pools = sum(count * size for count, size in zip(slots, sizes, strict=True))
+    held = sum(slots) / sum(whole)
+    text = f"{explanation}: {sum(slots)} slots of {sum(whole)} experts ({held:.1%})"
+    return BudgetPlan(
+        total=total,
+        slots=tuple(slots),
+        chunk=chunk,
+        staging=staging,
+        pools=pools,
+        explanation=text,
+    )

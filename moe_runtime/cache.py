@@ -1,0 +1,276 @@
+"""`ExpertCache`: which expert lies in which slot of the fast tier.
+
+Residency, pins and counters only: it moves no bytes, and which expert leaves is the policy's
+choice. Every mutation happens under the executor's lock.
+
+An expert is absent, *loading* (it owns a slot whose bytes are not there yet) or *resident*. Only
+residents without a pin are evicted. One step of one layer goes:
+
+    hits, misses = cache.request(position, experts, tokens)   # pins the hits
+    granted = cache.grant(position, misses)                   # slots, evicting; now loading
+    cache.commit(...) for each once its bytes are there       # now resident and pinned
+    cache.release(...) for each once it has been computed     # evictable again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from moe_runtime.core import ExpertGrid, IntArray
+from moe_runtime.eviction import EvictionPolicy, choose_victims
+
+__all__ = ["CacheCounters", "ExpertCache"]
+
+_ABSENT = -1
+
+
+@dataclass
+class CacheCounters:
+    """Events since the last reset, by layer position."""
+
+    hits: IntArray
+    misses: IntArray
+    evictions: int = 0
+    rereads: int = 0
+    seen: set[int] = field(default_factory=set)
+
+    @classmethod
+    def empty(cls, layers: int) -> CacheCounters:
+        """All zero."""
+        return cls(hits=np.zeros(layers, np.int64), misses=np.zeros(layers, np.int64))
+
+
+class ExpertCache:
+    """Residency of the experts of a grid in pools of slots.
+
+    Args:
+        grid: all experts.
+        group_of: pool number of each layer position (layers with experts of one shape share one).
+        slots: slots of each pool.
+        policy: ranks the residents when a slot is wanted.
+    """
+
+    def __init__(
+        self,
+        grid: ExpertGrid,
+        group_of: Sequence[int],
+        slots: Sequence[int],
+        policy: EvictionPolicy,
+    ) -> None:
+        self.grid = grid
+        self.policy = policy
+        self.slots = tuple(slots)
+        self._group_of = tuple(group_of)
+        self._offsets = grid.offsets
+        # Python lists where single elements are looked up (faster), arrays where many are.
+        self._slot_of = [_ABSENT] * grid.size
+        self._owner = [np.full(count, _ABSENT, np.int64) for count in slots]
+        self._pinned = [np.zeros(count, np.bool_) for count in slots]
+        self._free = [list(range(count))[::-1] for count in slots]
+        self._loading: dict[int, None] = {}
+        self._pins: dict[int, None] = {}
+        self.counters = CacheCounters.empty(len(grid.layers))
+        self.last_misses = 0
+        self._tables: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
+
+    # -- queries: never mutate ------------------------------------------------------------------
+
+    def slot(self, position: int, expert: int) -> int:
+        """Slot of a loading or resident expert, -1 if absent."""
+        return self._slot_of[self._offsets[position] + expert]
+
+    def is_resident(self, position: int, expert: int) -> bool:
+        """Whether the expert's bytes are in its slot."""
+        index = self._offsets[position] + expert
+        return self._slot_of[index] != _ABSENT and index not in self._loading
+
+    def residents(self) -> IntArray:
+        """Dense indices of all residents, ascending."""
+        owners = np.concatenate([owner[owner >= 0] for owner in self._owner])
+        return np.sort(owners[~np.isin(owners, list(self._loading))])
+
+    def group(self, position: int) -> int:
+        """Pool number of a layer position."""
+        return self._group_of[position]
+
+    def all_resident(self, position: int) -> bool:
+        """Whether the whole layer is resident."""
+        first = self._offsets[position]
+        span = range(first, first + self.grid.experts[position])
+        return all(self._slot_of[i] != _ABSENT and i not in self._loading for i in span)
+
+    def free_slots(self, position: int) -> int:
+        """Slots of the layer's pool that hold nothing."""
+        return len(self._free[self._group_of[position]])
+
+    def slot_table(self, position: int, device: torch.device) -> torch.Tensor:
+        """int64 `[experts]` on `device`: slot of each expert of a wholly resident layer."""
+        first = self._offsets[position]
+        slots = tuple(self._slot_of[first : first + self.grid.experts[position]])
+        known = self._tables.get(position)
+        if known is None or known[0] != slots:
+            known = (slots, torch.tensor(slots, device=device))
+            self._tables[position] = known
+        return known[1]
+
+    # -- mutators: never decide -----------------------------------------------------------------
+
+    def request(
+        self, position: int, experts: Sequence[int], tokens: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Take in one layer step: tell the policy, count, pin the hits.
+
+        Args:
+            experts: distinct expert numbers, ascending.
+            tokens: tokens routed to each.
+
+        Returns:
+            (hits, misses), each ascending.
+        """
+        self.policy.observe(position, np.asarray(experts), np.asarray(tokens))
+        offset = self._offsets[position]
+        pinned = self._pinned[self._group_of[position]]
+        hits, misses = [], []
+        for expert in experts:
+            slot = self._slot_of[offset + expert]
+            if slot == _ABSENT:
+                misses.append(expert)
+            else:
+                hits.append(expert)
+                self._pins[offset + expert] = None
+                pinned[slot] = True
+        self.counters.hits[position] += len(hits)
+        self.counters.misses[position] += len(misses)
+        self.last_misses = len(misses)
+        return hits, misses
+
+    def grant(self, position: int, experts: Sequence[int]) -> list[int]:
+        """Give slots to as many of these absent experts as can have one, in order.
+
+        Evicts unpinned residents of the pool, lowest rank first. The granted experts are loading
+        (and pinned) afterwards; the others stay absent.
+        """
+        group = self._group_of[position]
+        free = self._free[group]
+        lacking = len(experts) - len(free)
+        if lacking > 0:
+            self._evict(group, lacking)
+        granted = list(experts[: len(free)])
+        offset = self._offsets[position]
+        for expert in granted:
+            index = offset + expert
+            slot = free.pop()
+            self._owner[group][slot] = index
+            self._pinned[group][slot] = True
+            self._loading[index] = None
+            self._slot_of[index] = slot
+        return granted
+
+    def adopt_all(self) -> None:
+        """Slots are the experts' own memory: expert `i` of a layer lies in slot `i` of its pool."""
+        for position, count in enumerate(self.grid.experts):
+            first = self._offsets[position]
+            group = self._group_of[position]
+            assert self.slots[group] == count, "one slot for each expert of the layer"
+            self._owner[group][:] = np.arange(first, first + count)
+            self._slot_of[first : first + count] = range(count)
+            self._free[group].clear()
+            self.counters.seen.update(range(first, first + count))
+
+    def commit(self, position: int, expert: int) -> None:
+        """The bytes of a loading expert have arrived: it is resident, and pinned."""
+        index = self._offsets[position] + expert
+        del self._loading[index]
+        self._pins[index] = None
+        if index in self.counters.seen:
+            self.counters.rereads += 1
+        else:
+            self.counters.seen.add(index)
+
+    def pin(self, position: int, expert: int) -> None:
+        """A resident expert is needed: it is not evicted until released."""
+        index = self._offsets[position] + expert
+        self._pins[index] = None
+        self._pinned[self._group_of[position]][self._slot_of[index]] = True
+
+    def release(self, position: int, expert: int) -> None:
+        """The expert has been computed: it may be evicted."""
+        index = self._offsets[position] + expert
+        self._pins.pop(index, None)
+        self._pinned[self._group_of[position]][self._slot_of[index]] = False
+
+    def abandon(self) -> None:
+        """After a failed step: whatever was loading is absent, nothing is pinned.
+
+        Works from the state as it is, wherever the step was interrupted.
+        """
+        for group, owner in enumerate(self._owner):
+            for slot in range(len(owner)):
+                index = int(owner[slot])
+                if index != _ABSENT and (index in self._loading or self._slot_of[index] != slot):
+                    owner[slot] = _ABSENT
+                    if self._slot_of[index] == slot:
+                        self._slot_of[index] = _ABSENT
+            self._pinned[group][:] = False
+            self._free[group] = [slot for slot in range(len(owner)) if owner[slot] == _ABSENT][::-1]
+        for index, slot in enumerate(self._slot_of):
+            position = self._position(index)
+            if slot != _ABSENT and self._owner[self._group_of[position]][slot] != index:
+                self._slot_of[index] = _ABSENT
+        self._loading.clear()
+        self._pins.clear()
+
+    def reset_counters(self) -> None:
+        """Start counting anew; residency stays."""
+        seen = self.counters.seen
+        self.counters = CacheCounters.empty(len(self.grid.layers))
+        self.counters.seen = seen
+
+    def _evict(self, group: int, count: int) -> None:
+        owner = self._owner[group]
+        candidates = owner[(owner >= 0) & ~self._pinned[group]]
+        if not len(candidates):
+            return
+        victims = choose_victims(self.policy, candidates, min(count, len(candidates)))
+        for victim in victims.tolist():
+            slot = self._slot_of[victim]
+            self._slot_of[victim] = _ABSENT
+            owner[slot] = _ABSENT
+            self._free[group].append(slot)
+        self.counters.evictions += len(victims)
+
+    def _position(self, index: int) -> int:
+        position = len(self._offsets) - 1
+        while self._offsets[position] > index:
+            position -= 1
+        return position
+
+    # -- integrity ------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Assert every invariant of the bookkeeping; for tests and after faults."""
+        for group, owner in enumerate(self._owner):
+            free = self._free[group]
+            assert len(set(free)) == len(free), "a slot is free twice"
+            assert all(owner[slot] == _ABSENT for slot in free), "a free slot has an owner"
+            held = [int(index) for index in owner if index != _ABSENT]
+            assert len(held) + len(free) == self.slots[group], "a slot is lost"
+            assert len(set(held)) == len(held), "an expert has two slots"
+            for slot, index in enumerate(owner.tolist()):
+                if index != _ABSENT:
+                    assert self._slot_of[index] == slot, "owner and slot disagree"
+                    assert self._group_of[self._position(index)] == group, "wrong pool"
+                    wanted = index in self._loading or index in self._pins
+                    assert bool(self._pinned[group][slot]) == wanted, "pin flags disagree"
+                else:
+                    assert not self._pinned[group][slot], "an empty slot is pinned"
+        owned = {int(i) for owner in self._owner for i in owner if i != _ABSENT}
+        placed = {i for i, slot in enumerate(self._slot_of) if slot != _ABSENT}
+        assert owned == placed, "slots and owners differ"
+        assert set(self._loading) <= placed, "a loading expert has no slot"
+        assert set(self._pins) <= placed, "a pinned expert has no slot"
+        assert not set(self._loading) & set(self._pins), "loading and pinned at once"

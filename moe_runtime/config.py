@@ -1,0 +1,71 @@
+"""`RuntimeConfig`: every option of the runtime, validated once.
+
+Does not know the model: sizes given as a share are resolved against it in `runtime`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_runtime.core import parse_bytes, parse_share
+from moe_runtime.errors import ConfigError
+
+__all__ = ["RuntimeConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How a model is run.
+
+    Args:
+        expert_budget: all that the fast tier spends on experts, staging included: bytes, a text
+            like `"8GiB"`, a share of all expert bytes like `"25%"`, or `"auto"` (from free memory).
+        host_budget: the same for the pinned host tier, which exists only beside a GPU.
+        device: where the model computes: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`.
+        policy: name of the eviction policy.
+        exact: compute as transformers' eager experts do, bit for bit, instead of fast.
+        reader_threads: threads that read experts from disk, 1 to 16.
+        preload: fill the slots before the first step: True, False, or `"auto"` (only if every
+            expert fits).
+    """
+
+    expert_budget: int | str = "auto"
+    host_budget: int | str = "auto"
+    device: str = "auto"
+    policy: str = "lru"
+    exact: bool = False
+    reader_threads: int = 2
+    preload: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("expert_budget", "host_budget"):
+            value = getattr(self, name)
+            if value != "auto" and parse_share(value) is None:
+                try:
+                    parse_bytes(value)
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"{name}={value!r}: write bytes, '8GiB', '25%' or 'auto' ({error})"
+                    ) from None
+        if not isinstance(self.reader_threads, int) or not 1 <= self.reader_threads <= 16:
+            raise ConfigError(f"reader_threads must be 1 to 16, found {self.reader_threads!r}")
+        if self.preload not in (True, False, "auto"):
+            raise ConfigError(f"preload must be True, False or 'auto', found {self.preload!r}")
+        if not isinstance(self.device, str):
+            raise ConfigError(f"device must be a text like 'cpu' or 'cuda:0', found {self.device!r}")
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> RuntimeConfig:
+        """A configuration from plain data; ConfigError names unknown keys."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ConfigError(f"unknown option {unknown[0]!r}; known options: {sorted(known)}")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a run file."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,156 @@
+"""The device layer: memory, pinned memory, copies and their order, for CPU and CUDA alike.
+
+The only place that knows streams and events; does not know experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from typing import Any, Protocol
+
+import torch
+
+from moe_runtime.errors import ConfigError
+
+__all__ = ["CpuDevice", "CudaDevice", "Device", "open_device"]
+
+_HUGE = 2 << 20
+
+
+class Device(Protocol):
+    """What the cache and the executor need of a device.
+
+    Copies run beside compute; `copy` returns a token, `wait` makes later compute see the copy, and
+    `fence` returns a token that orders a later copy after the compute issued so far.
+    """
+
+    torch_device: torch.device
+    is_cpu: bool
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised fast memory, uint8 `[nbytes]`, page-aligned."""
+        ...
+
+    def allocate_host(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised host memory that copies reach fastest (pinned), uint8 `[nbytes]`."""
+        ...
+
+    def fence(self) -> Any:
+        """A token for all compute issued so far."""
+        ...
+
+    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: Any) -> Any:
+        """Copy each (destination, source) once the token `after` has passed; a token for it."""
+        ...
+
+    def wait(self, token: Any) -> None:
+        """Compute issued from now on runs after the copy; the host does not block."""
+        ...
+
+    def finish(self, token: Any) -> None:
+        """Block the calling thread until the copy is done."""
+        ...
+
+
+class CpuDevice:
+    """RAM is the fast tier; copies are done by whoever asks for them, at once."""
+
+    is_cpu = True
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Anonymous mapping: pages cost nothing until used and go back to the system when freed."""
+        region = mmap.mmap(-1, max(nbytes, 1))
+        if nbytes >= 16 * _HUGE:
+            # Weights are read in long runs: huge pages spare most of the address translation.
+            with contextlib.suppress(OSError, AttributeError):
+                region.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(region, dtype=torch.uint8, count=max(nbytes, 1))
+
+    allocate_host = allocate
+
+    def fence(self) -> None:
+        """Compute on the CPU is never behind."""
+
+    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: Any) -> None:
+        """Copy now."""
+        for destination, source in pairs:
+            destination.copy_(source)
+
+    def wait(self, token: Any) -> None:
+        """Copies are already done."""
+
+    def finish(self, token: Any) -> None:
+        """Copies are already done."""
+
+
+class CudaDevice:
+    """A GPU: one copy stream beside the current compute stream, events between them."""
+
+    is_cpu = False
+
+    def __init__(self, name: str) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device={name!r}, but this PyTorch sees no GPU; use device='cpu'")
+        index = torch.device(name).index
+        self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+        self._stream = torch.cuda.Stream(self.torch_device)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory from PyTorch's allocator."""
+        return torch.empty(max(nbytes, 1), dtype=torch.uint8, device=self.torch_device)
+
+    def allocate_host(self, nbytes: int) -> torch.Tensor:
+        """Page-locked host memory."""
+        return torch.empty(max(nbytes, 1), dtype=torch.uint8, pin_memory=True)
+
+    def fence(self) -> torch.cuda.Event:
+        """An event on the compute stream."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def copy(
+        self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: torch.cuda.Event | None
+    ) -> torch.cuda.Event:
+        """Enqueue on the copy stream; nothing blocks."""
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            for destination, source in pairs:
+                destination.copy_(source, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(self._stream)
+        return done
+
+    def wait(self, token: torch.cuda.Event | None) -> None:
+        """The compute stream waits for the event; the host goes on."""
+        if token is not None:
+            torch.cuda.current_stream(self.torch_device).wait_event(token)
+
+    def finish(self, token: torch.cuda.Event | None) -> None:
+        """Wait on the host."""
+        if token is not None:
+            token.synchronize()
+
+
+def open_device(name: str) -> Device:
+    """The device of this name; `"auto"` is the GPU if there is one.
+
+    Raises:
+        ConfigError: unknown device, or one that this machine lacks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is no device: {error}") from error
+    if kind == "cpu":
+        return CpuDevice()
+    if kind == "cuda":
+        return CudaDevice(name)
+    raise ConfigError(f"device={name!r}: the runtime computes on 'cpu' or 'cuda'")

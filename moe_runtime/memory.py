@@ -1,0 +1,70 @@
+"""How much memory this process may still take, and has taken: the machine's and its cgroup's.
+
+Readings only; what to do with them is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import psutil
+import torch
+
+__all__ = ["free_memory", "peak_rss", "resident_set"]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, a memory cgroup's limit respected."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    free = int(psutil.virtual_memory().available)
+    for limit, used in _cgroups():
+        if limit < 1 << 60:  # "unlimited" is a huge number in version 1
+            free = min(free, max(limit - used, 0))
+    return free
+
+
+def resident_set() -> int:
+    """Bytes of physical memory that this process has now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss() -> int:
+    """The most physical memory that this process has had, in bytes."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resident_set()
+
+
+def _cgroups() -> list[tuple[int, int]]:
+    """(limit, use without reclaimable cache) of the memory cgroups that this process is in."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                folder = Path("/sys/fs/cgroup" + path)
+                names = ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                folder = Path("/sys/fs/cgroup/memory" + path)
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((folder / names[0]).read_text())
+                used = int((folder / names[1]).read_text())
+                found.append((limit, used - _statistic(folder / "memory.stat", names[2])))
+    return found
+
+
+def _statistic(path: Path, name: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            key, value = line.split()
+            if key == name:
+                return int(value)
+    return 0

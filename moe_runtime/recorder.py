@@ -1,0 +1,137 @@
+"""Record a model's routing into a `RoutingTrace` while it runs.
+
+Listens to the executor; knows the trace's columns, not its file form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from moe_runtime.errors import TraceError
+from moe_runtime.model_spec import MoESpec
+from moe_runtime.steps import Step
+from moe_runtime.trace import DECODE, PREFILL, UNUSED, RoutingTrace
+
+__all__ = ["Recorder"]
+
+
+@dataclass
+class _Rows:
+    """One forward call's rows while its layers run."""
+
+    step: Step | None
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class Recorder:
+    """Collects rows of forward calls; `trace` is what has been recorded so far.
+
+    Padding is left out. A sequence gets a new number when a call starts with an empty key/value
+    cache. Layers that did not run in a call (another tower's) are unused in its rows.
+    """
+
+    def __init__(self, spec: MoESpec, tokenizer_id: str = "") -> None:
+        self._spec = spec
+        self._tokenizer_id = tokenizer_id
+        self._open: _Rows | None = None
+        self._parts: list[RoutingTrace] = []
+        self._steps = 0
+        self._first_sequence = 0
+        self._sequences = 0
+
+    def __call__(
+        self, position: int, index: torch.Tensor, weights: torch.Tensor, step: Step | None
+    ) -> None:
+        """Take in one layer's routing: `index [T, K]`, `weights [T, K]`."""
+        current = self._open
+        if current is None or current.step is not step or position in current.layers:
+            self.flush()
+            current = self._open = _Rows(step)
+        current.layers[position] = (
+            index.detach().to("cpu", copy=True),
+            weights.detach().to("cpu", torch.float32, copy=True),
+        )
+
+    def discard_step(self) -> None:
+        """A forward call failed: its rows are not kept."""
+        self._open = None
+
+    def flush(self) -> None:
+        """Turn the forward call under way into rows."""
+        rows, self._open = self._open, None
+        if rows is not None and rows.layers:
+            self._parts.append(self._rows(rows))
+
+    @property
+    def trace(self) -> RoutingTrace:
+        """Everything recorded so far.
+
+        Raises:
+            TraceError: nothing has been recorded.
+        """
+        self.flush()
+        if not self._parts:
+            raise TraceError("nothing was recorded: no MoE layer ran inside record(model)")
+        if len(self._parts) > 1:
+            self._parts = [RoutingTrace.concat(self._parts)]
+        return self._parts[0]
+
+    def _rows(self, rows: _Rows) -> RoutingTrace:
+        spec = self._spec
+        count = next(iter(rows.layers.values()))[0].shape[0]
+        width = max(
+            [layer.top_k for layer in spec.layers]
+            + [index.shape[1] for index, _ in rows.layers.values()]
+        )
+        ids = np.full((count, len(spec.layers), width), UNUSED, np.uint16)
+        weights = np.zeros(ids.shape, np.float16)
+        for position, (index, weight) in rows.layers.items():
+            chosen = index.numpy()
+            valid = chosen < spec.layers[position].num_experts
+            k = chosen.shape[1]
+            ids[:, position, :k] = np.where(valid, chosen, UNUSED)
+            weights[:, position, :k] = np.where(valid, weight.numpy(), 0)
+        keep, columns = self._columns(rows.step, count)
+        self._steps += 1
+        return RoutingTrace(
+            topk_ids=ids[keep],
+            topk_weights=weights[keep],
+            step_ids=np.full(int(keep.sum()), self._steps - 1, np.int32),
+            layer_ids=spec.grid.layers,
+            experts=spec.grid.experts,
+            top_k=tuple(layer.top_k for layer in spec.layers) if self._fits(width) else (),
+            model_id=spec.model_id,
+            fingerprint=spec.fingerprint,
+            tokenizer_id=self._tokenizer_id or spec.model_id,
+            **{name: values[keep] for name, values in columns.items()},
+        )
+
+    def _fits(self, width: int) -> bool:
+        return all(layer.top_k <= width for layer in self._spec.layers)
+
+    def _columns(
+        self, step: Step | None, count: int
+    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], dict[str, np.ndarray]]:  # type: ignore[type-arg]
+        if step is None:
+            step = Step(rows=count, batch=1)
+        if not step.past:
+            self._first_sequence = self._sequences
+            self._sequences += max(step.batch, 1)
+        length = count // max(step.batch, 1)
+        sequences = self._first_sequence + np.arange(max(step.batch, 1)).repeat(length)
+        tokens = (
+            np.full(count, -1)
+            if step.token_ids is None
+            else step.token_ids.to("cpu").numpy()
+        )
+        keep = np.ones(count, np.bool_) if step.real is None else step.real.numpy()
+        phase = DECODE if step.decode else PREFILL
+        return keep, {
+            "token_ids": tokens.astype(np.int32),
+            "sequence_ids": sequences.astype(np.int32),
+            "positions": step.positions().numpy().astype(np.int32),
+            "phase": np.full(count, phase, np.uint8),
+        }

@@ -1,0 +1,603 @@
+"""Builds the chain and takes it apart: from_pretrained, attach, detach, record, report.
+
+No algorithm lives here; each step is a call to the part that owns it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_runtime import executor as execution
+from moe_runtime.budget import BudgetPlan, plan_budget, resolve_budget
+from moe_runtime.cache import ExpertCache
+from moe_runtime.checkpoint import ExpertMap, map_experts
+from moe_runtime.config import RuntimeConfig
+from moe_runtime.core import format_bytes
+from moe_runtime.device import Device, open_device
+from moe_runtime.errors import AttachError, BudgetError, UnsupportedModelError
+from moe_runtime.eviction import make_policy
+from moe_runtime.executor import HANDLE, IMPLEMENTATION, Executor, LayerHandle, expert_form
+from moe_runtime.loading import (
+    build_structure,
+    load_without_experts,
+    read_config,
+    resolve_class,
+)
+from moe_runtime.memory import free_memory, resident_set
+from moe_runtime.model_spec import MoESpec, read_spec
+from moe_runtime.paged import PagedParameter
+from moe_runtime.prefetch import Fetcher
+from moe_runtime.profiler import Profiler
+from moe_runtime.recorder import Recorder
+from moe_runtime.report import Report
+from moe_runtime.run_record import run_record
+from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, resolve_shards
+from moe_runtime.saving import ExpertStateDict
+from moe_runtime.slots import SlotPool
+from moe_runtime.steps import begin_step
+from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store
+
+__all__ = [
+    "Runtime",
+    "attach",
+    "detach",
+    "from_pretrained",
+    "inspect_checkpoint",
+    "record",
+    "report",
+    "runtime_of",
+]
+
+_RUNTIME = "_moe_runtime"
+
+
+class Runtime:
+    """One model's experts in a budget. Made by `from_pretrained` and `attach`.
+
+    Attributes:
+        spec: the model's MoE structure.
+        config: the options as given.
+        budget: what the budget holds.
+        cache, executor, profiler: the parts, for whoever wants to look.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        spec: MoESpec,
+        config: RuntimeConfig,
+        device: Device,
+        *,
+        paged: bool,
+        rss_before: int = 0,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.spec = spec
+        self.config = config
+        self.device = device
+        self.paged = paged
+        self.rss_before = rss_before
+        self.budget: BudgetPlan
+        self.cache: ExpertCache
+        self.executor: Executor
+        self.profiler = Profiler(layers=len(spec.layers), grid_size=spec.grid.size)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._previous: dict[str, Any] = {}
+        self._store: Store
+        self._fetcher: Fetcher
+        self._recorders: list[Recorder] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        # A copied model shares slots and counters with the one it was copied from.
+        return self
+
+    # -- building -------------------------------------------------------------------------------
+
+    def open(self, store: Store, *, floor: int, disk: bool, views: list[Any] | None = None) -> None:
+        """Make slots, cache and executor.
+
+        Args:
+            store: where experts come from.
+            floor: the smallest piece that the store can read.
+            disk: whether the store reads files.
+            views: for each layer its tensors, to be used as slots in place; None for own slots.
+        """
+        self._store = store
+        model = self.model
+        threads = self.config.reader_threads
+        total, text = resolve_budget(
+            self.config.expert_budget,
+            self.spec,
+            model.config,
+            self.device.torch_device,
+            threads=threads,
+        )
+        grid = self.spec.grid
+        if views is None:
+            self.budget = plan_budget(
+                self.spec, total, text, threads=threads, floor=floor, disk=disk
+            )
+            counts: tuple[int, ...] = self.budget.slots
+            groups = [self.spec.group_of(p) for p in range(len(self.spec.layers))]
+            pools = [
+                SlotPool(params, count, self.device.allocate)
+                for params, count in zip(self.spec.groups, counts, strict=True)
+            ]
+        else:
+            counts = grid.experts
+            groups = list(range(len(self.spec.layers)))
+            pools = [
+                SlotPool.over(layer.params, tensors)
+                for layer, tensors in zip(self.spec.layers, views, strict=True)
+            ]
+            self.budget = BudgetPlan(
+                total=0,
+                slots=tuple(counts),
+                chunk=floor,
+                staging=0,
+                pools=0,
+                explanation="the model's own Parameters serve as slots; no memory is freed",
+            )
+        policy = make_policy(self.config.policy, grid, **self._policy_options())
+        self.cache = ExpertCache(grid, groups, counts, policy)
+        self._fetcher = Fetcher(
+            store,
+            self.device,
+            threads=threads,
+            chunk=self.budget.chunk,
+            host=self._host_tier() if disk and not self.device.is_cpu else None,
+        )
+        self.executor = Executor(
+            self.cache,
+            pools,
+            self._fetcher,
+            self.device,
+            self.profiler,
+            exact=self.config.exact,
+        )
+        if views is not None:
+            self.cache.adopt_all()
+        weakref.finalize(model, self._fetcher.close)
+
+    def _policy_options(self) -> dict[str, Any]:
+        return {}
+
+    def _host_tier(self) -> HostTier:
+        """Pinned memory for as many experts as `host_budget` allows, and enough for one step."""
+        total, _ = resolve_budget(
+            self.config.host_budget,
+            self.spec,
+            self.model.config,
+            torch.device("cpu"),
+            threads=self.config.reader_threads,
+        )
+        plan = plan_budget(
+            self.spec, total, "host", threads=self.config.reader_threads, floor=0, disk=False
+        )
+        counts = [max(host, fast) for host, fast in zip(plan.slots, self.budget.slots, strict=True)]
+        return HostTier(self.spec, counts, self.device.allocate_host)
+
+    def install(self) -> None:
+        """Hook into the model: handles on its experts modules, hooks around its forward."""
+        model = self.model
+        modules = dict(model.named_modules())
+        owned = [(at, layer, modules[layer.path]) for at, layer in enumerate(self.spec.layers)]
+        forms = [expert_form(module, layer) for _, layer, module in owned]
+        execution.register()
+        self._previous = dict(model.get_experts_implementation())
+        for _, _, module in owned:
+            before = module.config._experts_implementation or "eager"
+            if before != IMPLEMENTATION:
+                execution.remember_previous(module.config, before)
+        model.set_experts_implementation(IMPLEMENTATION)
+        for (position, layer, module), form in zip(owned, forms, strict=True):
+            if module.config._experts_implementation != IMPLEMENTATION:
+                # A composite model that transformers does not switch as a whole.
+                module.config._experts_implementation = IMPLEMENTATION
+            module.__dict__[HANDLE] = LayerHandle(self.executor, position, layer, form)
+        self._hooks.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._hooks.append(
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        )
+        model.__dict__[_RUNTIME] = self
+
+    def uninstall(self) -> None:
+        """Undo `install`; the experts modules must have their tensors again before they run."""
+        model = self.model
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for layer in self.spec.layers:
+            module = model.get_submodule(layer.path)
+            module.__dict__.pop(HANDLE, None)
+            execution.forget_previous(module.config)
+        model.set_experts_implementation(self._previous)
+        for layer in self.spec.layers:
+            config: Any = model.get_submodule(layer.path).config
+            if config._experts_implementation == IMPLEMENTATION:
+                config._experts_implementation = self._previous.get("", "grouped_mm")
+        del model.__dict__[_RUNTIME]
+        self._fetcher.close()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step = begin_step(kwargs, args)
+        self.executor.begin_call(step)
+        self.profiler.begin_step(decode=step.decode, tokens=step.tokens)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self.executor.end_call()
+        with self.executor.exclusive():
+            if output is None:  # the call failed
+                self.profiler.drop_step()
+                for recorder in self._recorders:
+                    recorder.discard_step()
+                return
+            residents = self.cache.residents() if self.profiler.wants_snapshot() else None
+            self.profiler.end_step(residents)
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that this runtime runs."""
+        model = self._model()
+        if model is None:
+            raise AttachError("the model of this runtime is gone")
+        return model
+
+    def check_integrity(self) -> None:
+        """Assert the cache's invariants, between layer steps."""
+        with self.executor.exclusive():
+            self.cache.check_integrity()
+
+    def reset_counters(self) -> None:
+        """Start the profile anew; what is resident stays."""
+        with self.executor.exclusive():
+            self.cache.reset_counters()
+            fresh = Profiler(layers=len(self.spec.layers), grid_size=self.spec.grid.size)
+            self.profiler = self.executor.profiler = fresh
+
+    def run_record(self, *, simulate: bool = True) -> dict[str, Any]:
+        """The run so far as plain data, the form of a run file.
+
+        Args:
+            simulate: also replay the run's routing with LRU, this policy and Belady.
+        """
+        with self.executor.exclusive():
+            return run_record(
+                spec=self.spec,
+                config=self.config,
+                budget=self.budget,
+                cache=self.cache,
+                profiler=self.profiler,
+                device=self.device.torch_device,
+                rss_before=self.rss_before,
+                simulated=simulate,
+            )
+
+    def expert_tensors(self, position: int, expert: int) -> tuple[torch.Tensor, ...]:
+        """A copy of one expert's tensors in host memory, from its slot or from the slow tier."""
+        with self.executor.exclusive():
+            return self.executor.copy_expert(position, expert)
+
+    @contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[Recorder]:
+        """Let a recorder listen."""
+        self.executor.listeners.append(recorder)
+        self._recorders.append(recorder)
+        try:
+            yield recorder
+        finally:
+            self.executor.listeners.remove(recorder)
+            self._recorders.remove(recorder)
+            recorder.flush()
+
+
+# -- the public verbs ----------------------------------------------------------------------------
+
+
+def from_pretrained(
+    path_or_id: str,
+    *,
+    expert_budget: int | str = "auto",
+    host_budget: int | str = "auto",
+    device: str = "auto",
+    policy: str = "lru",
+    exact: bool = False,
+    reader_threads: int = 2,
+    preload: bool | str = "auto",
+    auto_class: str | None = None,
+    **hf_kwargs: Any,
+) -> Any:
+    """Load a MoE model whose experts stay in a budget.
+
+    Args:
+        path_or_id: a folder or a hub id, as `AutoModelForCausalLM.from_pretrained` takes it.
+        expert_budget, host_budget, device, policy, exact, reader_threads, preload: see
+            `RuntimeConfig`.
+        auto_class: name of the auto class to load with; None for the first that knows the model.
+        hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
+
+    Returns:
+        The model, of its own transformers class, in evaluation mode; with
+        `output_loading_info=True` the pair that transformers returns.
+
+    Raises:
+        UnsupportedModelError: no MoE layer behind transformers' experts interface, or quantised.
+        BudgetError: the budget does not hold one layer's top-k; says the least that works.
+        CheckpointError: the checkpoint is damaged or incomplete.
+    """
+    config = RuntimeConfig(
+        expert_budget=expert_budget,
+        host_budget=host_budget,
+        device=device,
+        policy=policy,
+        exact=exact,
+        reader_threads=reader_threads,
+        preload=preload,
+    )
+    place = open_device(device)
+    before = resident_set()
+    path_or_id = str(path_or_id)
+    options = _check_options(hf_kwargs)
+    model_config = read_config(path_or_id, options)
+    cls = resolve_class(model_config, auto_class)
+    files = _open_files(path_or_id, options)
+    result, structure = load_without_experts(cls, path_or_id, options)
+    model: PreTrainedModel = result[0] if isinstance(result, tuple) else result
+    spec = _named(structure.of(), path_or_id)
+    experts = map_experts(
+        model, spec, files, structure.keys, key_mapping=options.get("key_mapping")
+    )
+    model.to(place.torch_device)  # type: ignore[arg-type]
+    runtime = Runtime(model, spec, config, place, paged=True, rss_before=before)
+    floor = _largest_converted_row(spec, experts)
+    store = DiskStore(experts, spec, chunk=floor)
+    runtime.open(store, floor=floor, disk=True)
+    store.chunk = runtime.budget.chunk
+    _place_placeholders(model, spec, place)
+    runtime.install()
+    ExpertStateDict(runtime, experts).install(model)
+    _preload(runtime)
+    return result
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    expert_budget: int | str = "auto",
+    host_budget: int | str = "auto",
+    device: str = "auto",
+    policy: str = "lru",
+    exact: bool = False,
+    reader_threads: int = 2,
+    preload: bool | str = "auto",
+) -> PreTrainedModel:
+    """Run a model that is already in memory through the runtime; its Parameters are the host tier.
+
+    On a GPU its dense part moves there and its experts are paged in. On a CPU no memory is freed:
+    with `expert_budget="auto"` the Parameters are computed with in place; an explicit budget makes
+    slots beside them (to try policies and budgets out).
+
+    Returns:
+        The same model.
+
+    Raises:
+        AttachError: it is attached already.
+        UnsupportedModelError, BudgetError: as `from_pretrained`.
+    """
+    if _RUNTIME in model.__dict__:
+        raise AttachError("this model is attached already; moe_runtime.detach(model) first")
+    config = RuntimeConfig(
+        expert_budget=expert_budget,
+        host_budget=host_budget,
+        device=device if device != "auto" else _device_name(),
+        policy=policy,
+        exact=exact,
+        reader_threads=reader_threads,
+        preload=preload,
+    )
+    place = open_device(config.device)
+    spec = read_spec(model)
+    stacked = [
+        tuple(_parameter(model, layer.path, param.name).data for param in layer.params)
+        for layer in spec.layers
+    ]
+    away = {t.device.type for tensors in stacked for t in tensors} - {"cpu"}
+    if away:
+        raise AttachError(
+            f"the experts lie on {away.pop()}; attach takes a model whose experts are in host "
+            "memory (load it with device_map='cpu')"
+        )
+    runtime = Runtime(model, spec, config, place, paged=False, rss_before=resident_set())
+    in_place = place.is_cpu and expert_budget == "auto"
+    runtime.open(
+        ParameterStore(stacked), floor=0, disk=False, views=stacked if in_place else None
+    )
+    if not place.is_cpu:
+        _move_dense(model, spec, place.torch_device)
+    runtime.install()
+    if not in_place:
+        _preload(runtime)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `attach` exactly, or load every expert of a model made by `from_pretrained`.
+
+    Raises:
+        AttachError: not attached, or a call is under way.
+        BudgetError: the experts do not fit in free memory; says how many bytes they take.
+    """
+    runtime = runtime_of(model)
+    if not runtime.executor.try_stop():
+        raise AttachError("a call is under way on this model; detach it when it has returned")
+    try:
+        if runtime.paged:
+            _load_experts(model, runtime)
+        elif not runtime.device.is_cpu:
+            _move_dense(model, runtime.spec, torch.device("cpu"))
+        ExpertStateDict.remove(model)
+        runtime.uninstall()
+    finally:
+        runtime.executor.resume()
+    return model
+
+
+@contextmanager
+def record(model: PreTrainedModel, *, tokenizer_id: str = "") -> Iterator[Recorder]:
+    """Record the routing of everything that the model runs inside the block.
+
+    Yields:
+        The recorder; its `trace` is a `RoutingTrace`, also after the block.
+    """
+    runtime = runtime_of(model)
+    with runtime.recording(Recorder(runtime.spec, tokenizer_id)) as recorder:
+        yield recorder
+
+
+def report(model: PreTrainedModel, *, simulate: bool = True) -> Report:
+    """What the runtime did since it was made or since its counters were reset."""
+    return Report.from_run(runtime_of(model).run_record(simulate=simulate))
+
+
+def runtime_of(model: PreTrainedModel) -> Runtime:
+    """The runtime of a model made by `from_pretrained` or attached."""
+    runtime = model.__dict__.get(_RUNTIME)
+    if not isinstance(runtime, Runtime):
+        raise AttachError(
+            f"this {type(model).__name__} has no runtime: load it with moe_runtime.from_pretrained "
+            "or call moe_runtime.attach(model)"
+        )
+    return runtime
+
+
+def inspect_checkpoint(
+    path_or_id: str, *, auto_class: str | None = None, **hf_kwargs: Any
+) -> tuple[MoESpec, ExpertMap]:
+    """Structure and byte ranges of a checkpoint's experts, without loading a weight.
+
+    Raises:
+        As `from_pretrained`.
+    """
+    options = _check_options(hf_kwargs)
+    config = read_config(path_or_id, options)
+    cls = resolve_class(config, auto_class)
+    files = _open_files(path_or_id, options)
+    dtype = options.get("dtype", getattr(config, "dtype", None))
+    model, structure = build_structure(cls, config, dtype)
+    spec = _named(structure.of(), path_or_id)
+    return spec, map_experts(model, spec, files, structure.keys)
+
+
+# -- steps ---------------------------------------------------------------------------------------
+
+
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("quantization_config") is not None:
+        raise UnsupportedModelError(
+            "quantization_config is not supported: the runtime computes with float experts"
+        )
+    for name in ("device_map", "gguf_file", "tp_plan", "distributed_config"):
+        if options.get(name) is not None:
+            raise UnsupportedModelError(
+                f"{name} cannot be combined with the runtime, which places the weights itself; "
+                "use device= and expert_budget="
+            )
+    return dict(options)
+
+
+def _open_files(path_or_id: str, options: dict[str, Any]) -> CheckpointFiles:
+    chosen = {k: v for k, v in options.items() if k != "variant"}
+    shards = resolve_shards(path_or_id, variant=options.get("variant"), **chosen)
+    return open_checkpoint(shards)
+
+
+def _named(spec: MoESpec, path_or_id: str) -> MoESpec:
+    return replace(spec, model_id=path_or_id)
+
+
+def _largest_converted_row(spec: MoESpec, experts: ExpertMap) -> int:
+    """Bytes of the largest row (pair of rows) that a conversion needs whole."""
+    largest = 0
+    for position, layer in enumerate(spec.layers):
+        for segment in experts.segments[position][0]:
+            row = segment.nbytes // segment.shape[0] * (2 if segment.interleaved else 1)
+            converted = segment.dtype != layer.params[segment.param].dtype
+            if converted or segment.transposed or segment.interleaved:
+                largest = max(largest, row)
+    return largest
+
+
+def _place_placeholders(model: nn.Module, spec: MoESpec, device: Device) -> None:
+    for layer in spec.layers:
+        module = model.get_submodule(layer.path)
+        for param in layer.params:
+            module._parameters[param.name] = PagedParameter(
+                (layer.num_experts, *param.shape),
+                param.dtype,
+                device.torch_device,
+                f"{layer.path}.{param.name}",
+            )
+
+
+def _preload(runtime: Runtime) -> None:
+    fits = sum(runtime.budget.slots) >= runtime.spec.grid.size
+    if runtime.config.preload is True or (runtime.config.preload == "auto" and fits):
+        runtime.executor.preload()
+
+
+def _device_name() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
+    return model.get_parameter(f"{path}.{name}")
+
+
+def _move_dense(model: nn.Module, spec: MoESpec, device: torch.device) -> None:
+    """Move everything but the experts' own tensors."""
+    experts = {f"{layer.path}.{param.name}" for layer in spec.layers for param in layer.params}
+    for name, parameter in model.named_parameters():
+        if name not in experts:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def _load_experts(model: PreTrainedModel, runtime: Runtime) -> None:
+    """Give every experts module its Parameters back, read from slots and the checkpoint."""
+    spec = runtime.spec
+    device = runtime.device.torch_device
+    need = spec.total_expert_bytes
+    free = free_memory(device)
+    if need > free:
+        raise BudgetError(
+            f"detach would load all experts: {need} bytes ({format_bytes(need)}), but "
+            f"{format_bytes(free)} are free on {device.type}"
+        )
+    for position, layer in enumerate(spec.layers):
+        whole = [
+            torch.empty((layer.num_experts, *p.shape), dtype=p.dtype, device=device)
+            for p in layer.params
+        ]
+        for expert in range(layer.num_experts):
+            for target, source in zip(whole, runtime.expert_tensors(position, expert), strict=True):
+                target[expert].copy_(source)
+        module = model.get_submodule(layer.path)
+        for param, tensor in zip(layer.params, whole, strict=True):
+            module._parameters[param.name] = nn.Parameter(tensor)

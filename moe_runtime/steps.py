@@ -1,0 +1,98 @@
+"""The forward call under way: phase, real and padding rows, whose tokens they are.
+
+Read off the arguments of the model's own forward by a hook; knows no experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["Step", "begin_step"]
+
+
+@dataclass(eq=False)
+class Step:
+    """One forward call of the model.
+
+    Attributes:
+        rows: rows of the experts' input (batch x length), 0 if it cannot be told.
+        past: tokens already in the key/value cache before this call.
+        batch: sequences.
+        decode: one new token for each sequence, after earlier ones.
+        real: bool `[rows]`, False for padding; None if every row is real.
+        token_ids: int64 `[rows]`, None if the call had embeddings instead.
+    """
+
+    rows: int = 0
+    batch: int = 0
+    past: int = 0
+    decode: bool = False
+    real: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def tokens(self) -> int:
+        """Rows that are no padding."""
+        return self.rows if self.real is None else int(self.real.sum())
+
+    def positions(self) -> torch.Tensor:
+        """int64 `[rows]`: place of each row in its sequence, padding not counted."""
+        length = self.rows // max(self.batch, 1)
+        if self.real is None or self.past:
+            single = torch.arange(self.past, self.past + length)
+            return single.repeat(self.batch)
+        counted = self.real.view(self.batch, length).cumsum(1) - 1
+        return counted.clamp_min(0).reshape(-1)
+
+
+def begin_step(arguments: Mapping[str, Any], positional: tuple[Any, ...]) -> Step:
+    """Read a forward call's arguments. Anything unusual leaves fields at "cannot be told"."""
+    ids = arguments.get("input_ids")
+    if ids is None and positional and isinstance(positional[0], torch.Tensor):
+        ids = positional[0]
+    source = ids if ids is not None else arguments.get("inputs_embeds")
+    if not isinstance(source, torch.Tensor) or source.dim() < 2:
+        return Step()
+    batch, length = int(source.shape[0]), int(source.shape[1])
+    step = Step(rows=batch * length, batch=batch, past=_past_length(arguments))
+    step.decode = length == 1 and step.past > 0
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+        step.token_ids = ids.reshape(-1)
+    step.real = _real_rows(arguments.get("attention_mask"), batch, length, step.past)
+    return step
+
+
+def _past_length(arguments: Mapping[str, Any]) -> int:
+    cache = arguments.get("past_key_values")
+    measure = getattr(cache, "get_seq_length", None)
+    if measure is None:
+        return 0
+    try:
+        return int(measure())
+    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
+        return 0
+
+
+def _real_rows(mask: Any, batch: int, length: int, past: int) -> torch.Tensor | None:
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor) or mask.shape[0] != batch:
+        return None
+    if mask.dim() == 2 and mask.shape[1] >= length:
+        # The mask spans the cache too; the rows of this call are those from `past` on. A mask of
+        # a static cache may be longer than what is filled.
+        end = past + length if mask.shape[1] >= past + length else mask.shape[1]
+        real = mask[:, end - length : end] != 0
+    elif mask.dim() == 4 and past == 0 and mask.shape[-2] == length and mask.shape[-1] >= length:
+        # A causal mask made ahead: the last row attends to every real column.
+        last = mask[:, 0, -1, :length]
+        real = last if last.dtype == torch.bool else last == 0
+    else:
+        return None
+    return None if bool(real.all()) else real.reshape(-1).to("cpu")
