@@ -6,10 +6,10 @@ choice. Every mutation happens under the executor's lock.
 An expert is absent, *loading* (it owns a slot whose bytes are not there yet) or *resident*. Only
 residents without a pin are evicted. One step of one layer goes:
 
-    hits, misses = cache.request(position, experts, tokens)   # pins the hits
-    granted = cache.grant(position, misses)                   # slots, evicting; now loading
-    cache.commit(...) for each once its bytes are there       # now resident and pinned
-    cache.release(...) for each once it has been computed     # evictable again
+    hits, misses = cache.request(access)         # pins the hits
+    granted = cache.grant(position, misses)      # slots, evicting; now loading
+    cache.commit(...) for each that has arrived  # now resident and pinned
+    cache.release(...) once they are computed    # evictable again
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid, IntArray
 from moe_runtime.eviction import EvictionPolicy, choose_victims
 
@@ -74,7 +75,6 @@ class ExpertCache:
         self._loading: dict[int, None] = {}
         self._pins: dict[int, None] = {}
         self.counters = CacheCounters.empty(len(grid.layers))
-        self.last_misses = 0
         self._tables: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
 
     # -- queries: never mutate ------------------------------------------------------------------
@@ -82,6 +82,11 @@ class ExpertCache:
     def slot(self, position: int, expert: int) -> int:
         """Slot of a loading or resident expert, -1 if absent."""
         return self._slot_of[self._offsets[position] + expert]
+
+    def slots_of(self, position: int, experts: Sequence[int]) -> list[int]:
+        """Slots of experts that are loading or resident."""
+        offset = self._offsets[position]
+        return [self._slot_of[offset + expert] for expert in experts]
 
     def is_resident(self, position: int, expert: int) -> bool:
         """Whether the expert's bytes are in its slot."""
@@ -119,33 +124,27 @@ class ExpertCache:
 
     # -- mutators: never decide -----------------------------------------------------------------
 
-    def request(
-        self, position: int, experts: Sequence[int], tokens: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
+    def request(self, access: Access) -> tuple[list[int], list[int]]:
         """Take in one layer step: tell the policy, count, pin the hits.
 
-        Args:
-            experts: distinct expert numbers, ascending.
-            tokens: tokens routed to each.
-
         Returns:
-            (hits, misses), each ascending.
+            (hits, misses), expert numbers, each ascending.
         """
-        self.policy.observe(position, np.asarray(experts), np.asarray(tokens))
+        position = access.position
+        self.policy.observe(position, access.experts, access.tokens)
         offset = self._offsets[position]
-        pinned = self._pinned[self._group_of[position]]
-        hits, misses = [], []
-        for expert in experts:
+        hits, misses, slots = [], [], []
+        for expert in access.experts.tolist():
             slot = self._slot_of[offset + expert]
             if slot == _ABSENT:
                 misses.append(expert)
             else:
                 hits.append(expert)
+                slots.append(slot)
                 self._pins[offset + expert] = None
-                pinned[slot] = True
+        self._pinned[self._group_of[position]][slots] = True
         self.counters.hits[position] += len(hits)
         self.counters.misses[position] += len(misses)
-        self.last_misses = len(misses)
         return hits, misses
 
     def grant(self, position: int, experts: Sequence[int]) -> list[int]:
@@ -197,11 +196,14 @@ class ExpertCache:
         self._pins[index] = None
         self._pinned[self._group_of[position]][self._slot_of[index]] = True
 
-    def release(self, position: int, expert: int) -> None:
-        """The expert has been computed: it may be evicted."""
-        index = self._offsets[position] + expert
-        self._pins.pop(index, None)
-        self._pinned[self._group_of[position]][self._slot_of[index]] = False
+    def release(self, position: int, experts: Sequence[int]) -> None:
+        """These experts have been computed: they may be evicted."""
+        offset = self._offsets[position]
+        slots = []
+        for expert in experts:
+            self._pins.pop(offset + expert, None)
+            slots.append(self._slot_of[offset + expert])
+        self._pinned[self._group_of[position]][slots] = False
 
     def abandon(self) -> None:
         """After a failed step: whatever was loading is absent, nothing is pinned.

@@ -14,12 +14,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -33,7 +32,7 @@ from moe_runtime.kernels import ExpertForm, decode_experts, expert_mlp, grouped_
 from moe_runtime.model_spec import MoELayer
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
-from moe_runtime.routing import LayerRouting, sort_routing
+from moe_runtime.routing import LayerRouting, sort_routing, sort_single
 from moe_runtime.slots import SlotPool
 from moe_runtime.steps import Step
 
@@ -98,7 +97,8 @@ class _LayerStep:
     """Bookkeeping of one layer step under way."""
 
     position: int
-    waiting: deque[int]
+    misses: int = 0
+    waiting: deque[int] = field(default_factory=deque)
     nbytes: int = 0
     host_bytes: int = 0
     stall: float = 0.0
@@ -191,10 +191,7 @@ class Executor:
                     listener(handle.position, top_k_index, top_k_weights, step)
                 if self._without_host(handle, real):
                     return self._on_device(handle, hidden, top_k_index, top_k_weights)
-                routing = sort_routing(top_k_index, handle.layer.num_experts, real)
-                if self.exact:
-                    return self._exact(handle, module, hidden, top_k_index, top_k_weights, routing)
-                return self._fast(handle, hidden, top_k_index, top_k_weights, routing)
+                return self._computed(handle, module, hidden, top_k_index, top_k_weights, real)
             except BaseException:
                 # Also for KeyboardInterrupt: whatever was under way is undone, the cache stays
                 # whole and the model usable.
@@ -205,62 +202,75 @@ class Executor:
             finally:
                 self.profiler.expert_seconds += time.perf_counter() - began
 
-    def _fast(
+    def _computed(
         self,
         handle: LayerHandle,
+        module: nn.Module,
         hidden: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        real: torch.Tensor | None,
+    ) -> torch.Tensor:
+        position, count = handle.position, handle.layer.num_experts
+        if len(hidden) == 1 and self._device.is_cpu and not self.exact and real is None:
+            chosen = top_k_index[0].tolist()
+            access = sort_single(position, chosen, count)
+            if access is not None:
+                outputs = self._single(handle, hidden, chosen, access)
+                return _combine(outputs, hidden, top_k_weights)
+        routing = sort_routing(position, top_k_index, count, real)
+        if self.exact:
+            return self._exact(handle, module, hidden, top_k_index, top_k_weights, routing)
+        outputs = self._many(handle, hidden, top_k_index.shape[1], routing)
+        return _combine(outputs, hidden, top_k_weights)
+
+    def _single(
+        self, handle: LayerHandle, hidden: torch.Tensor, chosen: list[int], access: Access
+    ) -> torch.Tensor:
+        """One token on the CPU: contributions `[K, D']` in the order of its choices."""
+        outputs: torch.Tensor | None = None
+        for experts in self._in_ready_order(access):
+            if len(experts) == len(chosen):
+                experts = chosen
+            rows = decode_experts(hidden, self._held(handle, experts), handle.form)
+            if len(experts) == len(chosen):
+                outputs = rows
+                continue
+            if outputs is None:
+                outputs = rows.new_empty(len(chosen), rows.shape[-1])
+            outputs[[chosen.index(expert) for expert in experts]] = rows
+        assert outputs is not None, "a token has at least one expert"
+        return outputs
+
+    def _many(
+        self, handle: LayerHandle, hidden: torch.Tensor, choices: int, routing: LayerRouting
+    ) -> torch.Tensor | None:
+        """Contributions `[K * T, D']` of every pair; None if there is no pair."""
+        tokens = hidden.shape[0]
+        outputs: torch.Tensor | None = None
+        for group in self._in_ready_order(routing.access):
+            # On the CPU expert by expert: what comes between the products stays in its caches.
+            for experts in [[e] for e in group] if self._device.is_cpu else [group]:
+                pairs = routing.of(experts).to(hidden.device)
+                rows = self._rows(handle, hidden[pairs % tokens], experts, routing)
+                if outputs is None:
+                    outputs = rows.new_zeros(choices * tokens, rows.shape[-1])
+                outputs[pairs] = rows
+        return outputs
+
+    def _rows(
+        self,
+        handle: LayerHandle,
+        inputs: torch.Tensor,
+        experts: list[int],
         routing: LayerRouting,
     ) -> torch.Tensor:
-        choices = top_k_index.shape[1]
-        tokens = hidden.shape[0]
-        numbers = {expert: at for at, expert in enumerate(routing.experts)}
-        outputs: torch.Tensor | None = None
-        for experts in self._in_ready_order(handle.position, routing):
-            if tokens == 1 and self._device.is_cpu:
-                rows = decode_experts(hidden, [self._tensors(handle, e) for e in experts], handle.form)
-                where = torch.cat([routing.of(numbers[e]) for e in experts])
-                if len(where) != len(experts):  # an expert chosen twice by one token
-                    counts = torch.tensor([routing.counts[numbers[e]] for e in experts])
-                    rows = rows.repeat_interleave(counts, dim=0)
-                outputs = self._store(outputs, where, rows, choices, tokens)
-            elif self._device.is_cpu:
-                for expert in experts:
-                    where = routing.of(numbers[expert])
-                    rows = expert_mlp(
-                        hidden[where % tokens], self._tensors(handle, expert), handle.form
-                    )
-                    outputs = self._store(outputs, where, rows, choices, tokens)
-            else:
-                where = torch.cat([routing.of(numbers[e]) for e in experts])
-                slots = torch.cat([self._slot_rows(handle, e, routing, numbers) for e in experts])
-                device = hidden.device
-                rows = grouped_experts(
-                    hidden[(where % tokens).to(device)],
-                    slots.to(device),
-                    self._pool(handle).stacked,
-                    handle.form,
-                )
-                outputs = self._store(outputs, where.to(device), rows, choices, tokens)
-        return _combine(outputs, hidden, top_k_weights, choices)
-
-    @staticmethod
-    def _store(
-        outputs: torch.Tensor | None,
-        where: torch.Tensor,
-        rows: torch.Tensor,
-        choices: int,
-        tokens: int,
-    ) -> torch.Tensor:
-        if outputs is None:
-            if len(where) == choices * tokens and choices * tokens == len(rows) and tokens == 1:
-                # All experts of a single token at once, the common case of decode.
-                outputs = torch.empty_like(rows)
-            else:
-                outputs = rows.new_zeros(choices * tokens, rows.shape[-1])
-        outputs[where] = rows
-        return outputs
+        if self._device.is_cpu:
+            return expert_mlp(inputs, self._held(handle, experts)[0], handle.form)
+        slots = torch.tensor(self.cache.slots_of(handle.position, experts))
+        counts = torch.tensor([routing.count(expert) for expert in experts])
+        slots = slots.repeat_interleave(counts).to(inputs.device)
+        return grouped_experts(inputs, slots, self._pool(handle).stacked, handle.form)
 
     def _exact(
         self,
@@ -272,10 +282,11 @@ class Executor:
         routing: LayerRouting,
     ) -> torch.Tensor:
         """Run the class's own eager forward over experts that appear as it asks for them."""
-        ready = self._in_ascending_order(handle.position, routing)
-        names = [param.name for param in handle.layer.params]
         eager = EagerExperts(
-            module, names, lambda expert: self._tensors(handle, expert), ready
+            module,
+            [param.name for param in handle.layer.params],
+            lambda expert: self._held(handle, [expert])[0],
+            self._in_ascending_order(routing.access),
         )
         output = eager.forward(hidden, top_k_index, top_k_weights)
         eager.finish()
@@ -283,36 +294,40 @@ class Executor:
 
     # -- getting experts into slots -------------------------------------------------------------
 
-    def _in_ready_order(self, position: int, routing: LayerRouting) -> Iterator[list[int]]:
+    def _in_ready_order(self, access: Access) -> Iterator[list[int]]:
         """Groups of experts, each yielded once, while they are in their slots.
 
         First what is resident, with the reads of the rest under way; then as reads end.
         """
-        step, hits = self._begin(position, routing)
+        position = access.position
+        hits, misses = self.cache.request(access)
+        step = _LayerStep(position, len(misses), deque(misses))
         self._request_more(step)
         # While some experts wait for a slot, each slot is handed on as soon as it is done with.
         for group in [[hit] for hit in hits] if step.waiting else [hits] if hits else []:
             yield group
-            self._release(position, group)
+            self.cache.release(position, group)
             self._request_more(step)
         while step.waiting or self.fetcher.in_flight:
             ready = [self._take(step)]
             while not step.waiting and self.fetcher.in_flight and self.fetcher.has_finished():
                 ready.append(self._take(step))
             yield ready
-            self._release(position, ready)
+            self.cache.release(position, ready)
             self._request_more(step)
-        self._end(step, routing)
+        self._end(step, access)
 
-    def _in_ascending_order(self, position: int, routing: LayerRouting) -> Iterator[int]:
+    def _in_ascending_order(self, access: Access) -> Iterator[int]:
         """Every expert in ascending order, one at a time, while it is in its slot."""
-        step, hits = self._begin(position, routing)
+        position = access.position
+        hits, misses = self.cache.request(access)
+        step = _LayerStep(position, len(misses))
         # With all of this layer's hits pinned there might be no slot for an earlier miss; those
         # that get evicted before their turn are read again.
-        self._release(position, hits)
+        self.cache.release(position, hits)
         arrived: set[int] = set()
-        ahead = deque(routing.experts)
-        for expert in routing.experts:
+        ahead = deque(access.experts.tolist())
+        for expert in list(ahead):
             while ahead:
                 if self.cache.is_resident(position, ahead[0]):
                     self.cache.pin(position, ahead[0])
@@ -323,12 +338,8 @@ class Executor:
             while expert not in arrived:
                 arrived.add(self._take(step))
             yield expert
-            self.cache.release(position, expert)
-        self._end(step, routing)
-
-    def _begin(self, position: int, routing: LayerRouting) -> tuple[_LayerStep, list[int]]:
-        hits, misses = self.cache.request(position, routing.experts, routing.counts)
-        return _LayerStep(position, deque(misses)), hits
+            self.cache.release(position, [expert])
+        self._end(step, access)
 
     def _request_more(self, step: _LayerStep) -> None:
         if step.waiting:
@@ -362,21 +373,12 @@ class Executor:
             step.nbytes += fetch.nbytes
         return fetch.expert
 
-    def _release(self, position: int, experts: list[int]) -> None:
-        for expert in experts:
-            self.cache.release(position, expert)
-
-    def _end(self, step: _LayerStep, routing: LayerRouting) -> None:
+    def _end(self, step: _LayerStep, access: Access) -> None:
         position = step.position
         self.profiler.bytes_read[position] += step.nbytes
         self.profiler.host_bytes[position] += step.host_bytes
         self.profiler.stall_seconds[position] += step.stall
-        access = Access(
-            position=position,
-            experts=np.asarray(routing.experts, np.int64),
-            tokens=np.asarray(routing.counts, np.int64),
-        )
-        self.profiler.layer_step(access, self.cache.last_misses, step.nbytes, step.stall)
+        self.profiler.layer_step(access, step.misses, step.nbytes, step.stall)
 
     def preload(self, progress: Callable[[int], None] | None = None) -> None:
         """Fill free slots with experts in order, layer by layer, as far as they go."""
@@ -386,10 +388,10 @@ class Executor:
                     absent = [e for e in range(count) if self.cache.slot(position, e) < 0]
                     absent = absent[: self.cache.free_slots(position)]
                     self._submit(position, self.cache.grant(position, absent))
-                    step = _LayerStep(position, deque())
+                    step = _LayerStep(position)
                     for _ in absent:
                         expert = self._take(step)
-                        self.cache.release(position, expert)
+                        self.cache.release(position, [expert])
                         if progress is not None:
                             progress(1)
                     self.profiler.bytes_read[position] += step.nbytes
@@ -413,14 +415,9 @@ class Executor:
     def _pool(self, handle: LayerHandle) -> SlotPool:
         return self._pools[self.cache.group(handle.position)]
 
-    def _tensors(self, handle: LayerHandle, expert: int) -> tuple[torch.Tensor, ...]:
-        return self._pool(handle).tensors(self.cache.slot(handle.position, expert))
-
-    def _slot_rows(
-        self, handle: LayerHandle, expert: int, routing: LayerRouting, numbers: dict[int, int]
-    ) -> torch.Tensor:
-        slot = self.cache.slot(handle.position, expert)
-        return torch.full((routing.counts[numbers[expert]],), slot, dtype=torch.int64)
+    def _held(self, handle: LayerHandle, experts: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
+        pool = self._pool(handle)
+        return [pool.tensors(slot) for slot in self.cache.slots_of(handle.position, experts)]
 
     def _without_host(self, handle: LayerHandle, real: torch.Tensor | None) -> bool:
         """Whether this layer can run on the device without the host knowing the routing.
@@ -451,17 +448,17 @@ class Executor:
         outputs = grouped_experts(hidden[rows], held, self._pool(handle).stacked, handle.form)
         sentinel = (flat >= handle.layer.num_experts).unsqueeze(-1)
         outputs = outputs.masked_fill(sentinel, 0)
-        return _combine(outputs, hidden, top_k_weights, choices)
+        return _combine(outputs, hidden, top_k_weights)
 
 
 def _combine(
-    outputs: torch.Tensor | None, hidden: torch.Tensor, top_k_weights: torch.Tensor, choices: int
+    outputs: torch.Tensor | None, hidden: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Sum the weighted contributions `[K * T, D']`, choice by choice, in that fixed order."""
     if outputs is None:
         return torch.zeros_like(hidden)
-    shaped = outputs.view(choices, hidden.shape[0], -1)
-    weighted = shaped * top_k_weights.t().unsqueeze(-1)
+    tokens, choices = top_k_weights.shape
+    weighted = outputs.view(choices, tokens, -1) * top_k_weights.t().unsqueeze(-1)
     return weighted.sum(dim=0).to(hidden.dtype)
 
 

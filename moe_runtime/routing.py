@@ -5,41 +5,50 @@ Pure functions of the router's choice; knows no cache and no weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from moe_runtime.access import Access
 from moe_runtime.core import IntArray
 
-__all__ = ["LayerRouting", "sort_routing"]
+__all__ = ["LayerRouting", "sort_routing", "sort_single"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LayerRouting:
     """The (token, choice) pairs of one layer step, grouped by expert.
 
+    A pair is a place in the choice-major flattening `[K, T]` of the router's choice.
+
     Args:
-        experts: distinct experts with at least one pair, ascending.
-        counts: pairs of each.
-        pairs: int64 tensor `[pairs]`, places in the choice-major flattening `[K, T]`, expert by
-            expert; within one expert by choice, then token, as eager orders them.
-        starts: first pair of each expert.
+        access: distinct experts with at least one pair, ascending, and the pairs of each.
+        pairs: int64 tensor, pairs expert by expert; within one expert by choice, then token, as
+            eager orders them.
+        starts: first pair of each expert, and the number of all.
     """
 
-    experts: list[int]
-    counts: list[int]
+    access: Access
     pairs: torch.Tensor
     starts: list[int]
 
-    def of(self, number: int) -> torch.Tensor:
-        """Pairs of the expert at this place in `experts`."""
-        start = self.starts[number]
-        return self.pairs[start : start + self.counts[number]]
+    def of(self, experts: Sequence[int]) -> torch.Tensor:
+        """Pairs of these experts, in their order."""
+        parts = []
+        for expert in experts:
+            at = int(np.searchsorted(self.access.experts, expert))
+            parts.append(self.pairs[self.starts[at] : self.starts[at + 1]])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def count(self, expert: int) -> int:
+        """Pairs of this expert."""
+        return int(self.access.tokens[np.searchsorted(self.access.experts, expert)])
 
 
 def sort_routing(
-    top_k_index: torch.Tensor, num_experts: int, real: torch.Tensor | None
+    position: int, top_k_index: torch.Tensor, num_experts: int, real: torch.Tensor | None
 ) -> LayerRouting:
     """Group `top_k_index [T, K]` by expert.
 
@@ -54,10 +63,21 @@ def sort_routing(
     if not keep.all():
         order = order[keep[order]]
     experts, counts = _runs(flat[order])
-    starts = np.zeros(len(counts), np.int64)
-    if len(counts):
-        starts[1:] = np.cumsum(counts)[:-1]
-    return LayerRouting(experts.tolist(), counts.tolist(), torch.from_numpy(order), starts.tolist())
+    starts = [0, *np.cumsum(counts).tolist()]
+    access = Access(position=position, experts=experts, tokens=counts)
+    return LayerRouting(access, torch.from_numpy(order), starts)
+
+
+def sort_single(position: int, chosen: Sequence[int], num_experts: int) -> Access | None:
+    """The access of a single token whose choices are distinct experts, or None if they are not.
+
+    The common step of decode, without the cost of sorting arrays.
+    """
+    ascending = sorted(chosen)
+    if ascending[-1] >= num_experts or len(set(ascending)) != len(ascending):
+        return None
+    experts = np.array(ascending, np.int64)
+    return Access(position=position, experts=experts, tokens=np.ones(len(ascending), np.int64))
 
 
 def _runs(ordered: IntArray) -> tuple[IntArray, IntArray]:

@@ -1,0 +1,51 @@
+"""The command line: one file for each command, registered below.
+
+Knows no algorithm; every command calls the library and shows what came of it.
+"""
+
+import typer
+
+from moe_runtime.cli.demo import demo
+from moe_runtime.cli.generate import generate
+from moe_runtime.cli.inspect import inspect
+from moe_runtime.cli.report import report
+from moe_runtime.version import __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="moe-runtime",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run mixture-of-experts models inside a memory budget for their experts.",
+    epilog="Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", is_eager=True, callback=_show_version
+    ),
+) -> None:
+    pass
+
+
+# In the order in which `--help` lists them. A new command is one file and one line.
+app.command("demo")(demo)
+app.command("generate")(generate)
+app.command("inspect")(inspect)
+app.command("report")(report)
+
+
+def main() -> None:
+    """Entry point of the `moe-runtime` script."""
+    app()

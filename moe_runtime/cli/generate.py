@@ -1,0 +1,183 @@
+"""`moe-runtime generate`: text from a model whose experts stay in a budget.
+
+Does not know how the budget is kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_runtime.cli.options import (
+    DebugOption,
+    DtypeOption,
+    ExactOption,
+    ExpertBudgetOption,
+    HostBudgetOption,
+    JsonOption,
+    LocalOption,
+    ModelArgument,
+    PolicyOption,
+    ReaderThreadsOption,
+    RevisionOption,
+    SubfolderOption,
+    VariantOption,
+    hub_options,
+    outcome_place,
+)
+from moe_runtime.cli.session import emit_json, quiet_libraries, session
+from moe_runtime.report import Report
+
+__all__ = ["generate"]
+
+
+def generate(  # noqa: PLR0913, PLR0917  the command's options
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", help="A file with the prompt; - is stdin.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    expert_budget: ExpertBudgetOption = "auto",
+    host_budget: HostBudgetOption = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")] = "auto",
+    policy: PolicyOption = "lru",
+    exact: ExactOption = False,
+    reader_threads: ReaderThreadsOption = 2,
+    dtype: DtypeOption = None,
+    revision: RevisionOption = None,
+    subfolder: SubfolderOption = None,
+    variant: VariantOption = None,
+    local_files_only: LocalOption = False,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN.json", help="Write the run file here.")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Generate text; it streams to standard output, the outcome goes to standard error.
+
+    Example:  [bold]moe-runtime generate ./olmoe -p "Once upon a time" --expert-budget 25%[/bold]
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give exactly one of --prompt and --prompt-file")
+    with session(as_json=as_json, debug=debug):
+        text = prompt if prompt is not None else _read_prompt(prompt_file)
+        place = None if run is None else outcome_place(run)
+        report = _generate(
+            model,
+            text,
+            hub_options(
+                dtype=dtype,
+                revision=revision,
+                subfolder=subfolder,
+                variant=variant,
+                local_files_only=local_files_only,
+            ),
+            {
+                "expert_budget": expert_budget,
+                "host_budget": host_budget,
+                "device": device,
+                "policy": policy,
+                "exact": exact,
+                "reader_threads": reader_threads,
+            },
+            {"max_new_tokens": max_new_tokens, **_sampling(temperature)},
+            seed=seed,
+            chat=chat,
+            stream=not as_json,
+            debug=debug,
+        )
+        if place is not None:
+            report.save(place)
+        if as_json:
+            sample = report.to_dict()["generated"][0]
+            emit_json(
+                {
+                    **sample,
+                    "outcome": report.outcome,
+                    "summary": report.summary.to_dict(),
+                    "run": None if place is None else str(place),
+                }
+            )
+        else:
+            typer.echo(report.outcome, err=True)
+
+
+def _read_prompt(path: Path | None) -> str:
+    if path is None or str(path) == "-":
+        return sys.stdin.read()
+    return path.read_text(encoding="utf-8")
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature}
+
+
+def _generate(
+    path: str,
+    prompt: str,
+    hub: dict[str, Any],
+    runtime: dict[str, Any],
+    generation: dict[str, Any],
+    *,
+    seed: int,
+    chat: bool,
+    stream: bool,
+    debug: bool,
+) -> Report:
+    """Load, generate, and report with the text in the record."""
+    import torch
+    from transformers import AutoTokenizer, TextStreamer
+
+    import moe_runtime
+
+    quiet_libraries(debug=debug)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, **{name: value for name, value in hub.items() if name not in {"dtype", "variant"}}
+    )
+    model = moe_runtime.from_pretrained(path, **runtime, **hub)
+    inputs = _encode(tokenizer, prompt, chat=chat).to(model.device)
+    torch.manual_seed(seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True) if stream else None
+    began = time.perf_counter()
+    output = model.generate(**inputs, **generation, streamer=streamer)
+    seconds = time.perf_counter() - began
+    new = output[0, inputs["input_ids"].shape[1] :]
+    record = moe_runtime.report(model).to_dict()
+    record["generated"] = [
+        {
+            "prompt": prompt,
+            "text": tokenizer.decode(new, skip_special_tokens=True),
+            "new_tokens": len(new),
+            "seconds": round(seconds, 6),
+        }
+    ]
+    return Report.from_run(record)
+
+
+def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
+    """Token ids and mask `[1, tokens]`; ValueError if there is no chat template to use."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )

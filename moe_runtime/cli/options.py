@@ -1,0 +1,125 @@
+"""Options that several commands share: their names, help and checks.
+
+Knows no command.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_runtime.core import parse_bytes, parse_share
+from moe_runtime.errors import ConfigError
+
+__all__ = [
+    "DebugOption",
+    "DtypeOption",
+    "ExactOption",
+    "ExpertBudgetOption",
+    "HostBudgetOption",
+    "JsonOption",
+    "LocalOption",
+    "ModelArgument",
+    "PolicyOption",
+    "ReaderThreadsOption",
+    "RevisionOption",
+    "SubfolderOption",
+    "VariantOption",
+    "checked_budget",
+    "hub_options",
+    "outcome_place",
+]
+
+
+def checked_budget(text: str) -> str:
+    """A budget as `RuntimeConfig` takes it; wrong usage otherwise."""
+    if text == "auto" or parse_share(text) is not None:
+        return text
+    try:
+        parse_bytes(text)
+    except ConfigError:
+        raise typer.BadParameter(f"{text!r} is none of: bytes, '8GiB', '25%', 'auto'") from None
+    return text
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A checkpoint's folder, or the id of one on the hub.")
+]
+ExpertBudgetOption = Annotated[
+    str,
+    typer.Option(
+        "--expert-budget",
+        callback=checked_budget,
+        metavar="SIZE",
+        help="Memory for experts: bytes, 8GiB, 25% (of all experts) or auto.",
+    ),
+]
+HostBudgetOption = Annotated[
+    str,
+    typer.Option(
+        "--host-budget",
+        callback=checked_budget,
+        metavar="SIZE",
+        help="Pinned host memory for experts beside a GPU.",
+    ),
+]
+PolicyOption = Annotated[
+    str, typer.Option("--policy", help="Which experts to evict: lru, lfu, ... by name.")
+]
+ExactOption = Annotated[
+    bool,
+    typer.Option("--exact", help="Compute as transformers' eager experts do, bit for bit."),
+]
+ReaderThreadsOption = Annotated[
+    int, typer.Option("--reader-threads", min=1, max=16, help="Threads that read experts.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Convert weights on reading: float32, bfloat16, float16."),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")
+]
+SubfolderOption = Annotated[
+    str | None, typer.Option("--subfolder", help="Folder inside the model's repository.")
+]
+VariantOption = Annotated[
+    str | None, typer.Option("--variant", help="Variant in the weight files' names, like fp16.")
+]
+LocalOption = Annotated[
+    bool, typer.Option("--local-files-only", help="Never ask the hub; use what is cached.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def hub_options(
+    *,
+    dtype: str | None = None,
+    revision: str | None,
+    subfolder: str | None,
+    variant: str | None,
+    local_files_only: bool,
+) -> dict[str, Any]:
+    """Keyword arguments for `from_pretrained`, only those that were given."""
+    given = {
+        "dtype": dtype,
+        "revision": revision,
+        "subfolder": subfolder,
+        "variant": variant,
+        "local_files_only": local_files_only,
+    }
+    return {name: value for name, value in given.items() if value}
+
+
+def outcome_place(path: Path) -> Path:
+    """A file to write to: its folder is made; BadParameter if that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot make the folder of {path}: {error.strerror}") from None
+    return path
