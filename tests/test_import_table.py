@@ -29,6 +29,7 @@ FOLDERS = {  # folder of the repository -> name of the package
 # A row may name only rows above it (ABOVE: all of them); `core` and `errors` are open to all.
 # A name ending in ".*" stands for a package and all that is in it.
 ROWS = """
+version           |                                        |
 errors            |                                        |
 core              |                                        | numpy
 kernels.*         | kernels.*                              | torch numpy triton
@@ -51,14 +52,18 @@ eviction_learned  | access eviction                        | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
 predictors.*      | trace predictors.*                     | torch numpy safetensors
-cache             | store eviction                         | torch numpy
-prefetch          | cache device store predictors.base     | torch numpy
+cache             | access store eviction                  | torch numpy
+prefetch          | model_spec cache device store predictors.base | torch numpy
 steps             |                                        | torch
-routing           |                                        | torch numpy
+routing           | access                                 | torch numpy
 eager             |                                        | torch
 profiler          | access                                 | numpy psutil
 executor          | kernels.* model_spec access cache device eager prefetch profiler routing slots \
                     steps                                  | torch numpy transformers
+recorder          | model_spec trace steps                 | torch numpy
+saving            | model_spec safetensors_index checkpoint paged | torch
+run_record        | version access budget cache config eviction memory model_spec profiler simulate \
+                  | torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
 steering          | trace model_spec                       | torch numpy
 placement.ilp     | trace placement.*                      | numpy pulp
@@ -68,8 +73,9 @@ placement.*       | trace placement.*                      | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 __init__          | ABOVE                                  |
-cli.*             | __init__ runtime config report.* placement.* predictors.* cli.* \
+cli.*             | version __init__ runtime config budget report.* placement.* predictors.* cli.* \
                   | typer rich torch transformers
+__main__          | cli.*                                  |
 """
 
 ALWAYS = {"errors", "core"}
