@@ -96,7 +96,9 @@ def _whole(spec: MoESpec, threads: int) -> int:
 def _kv_bytes(config: PreTrainedConfig) -> int:
     text = config.get_text_config()
     layers = int(getattr(text, "num_hidden_layers", 0) or 0)
-    heads = int(getattr(text, "num_key_value_heads", 0) or getattr(text, "num_attention_heads", 0) or 0)
+    heads = int(
+        getattr(text, "num_key_value_heads", 0) or getattr(text, "num_attention_heads", 0) or 0
+    )
     width = getattr(text, "head_dim", None)
     if not width:
         attention = int(getattr(text, "num_attention_heads", 0) or 1)
@@ -115,9 +117,7 @@ def _chunk(total: int, threads: int, largest: int, floor: int) -> int:
 def least_budget(spec: MoESpec, *, threads: int, floor: int, disk: bool) -> int:
     """The smallest budget that works: one layer's top-k of each shape, and staging."""
     need = _least_slots(spec)
-    pools = sum(
-        count * slot_bytes(params) for count, params in zip(need, spec.groups, strict=True)
-    )
+    pools = sum(count * slot_bytes(params) for count, params in zip(need, spec.groups, strict=True))
     if not disk:
         return pools
     # The piece size depends on the budget, weakly: the fixed point is reached at once or twice.

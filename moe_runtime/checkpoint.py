@@ -70,7 +70,8 @@ class Segment:
         An interleaved range is shaped `[rows / 2, 2, ...]`.
         """
         if self.interleaved:
-            return tensor.unflatten(0, (2, -1)).transpose(0, 1)
+            halves: torch.Tensor = tensor.unflatten(0, (2, -1))
+            return halves.transpose(0, 1)
         view = tensor.transpose(0, 1) if self.transposed else tensor
         return view[self.row : self.row + self.shape[0]]
 
@@ -238,6 +239,7 @@ class _Recipe:
                 "the checkpoint is incomplete"
             )
         stacks: list[list[_Pieces]] | None = None
+        operation: Any
         for operation in converter.operations:
             kind = type(operation).__name__
             if kind == "MergeModulelist" and operation.dim == 0 and stacks is None:
@@ -270,7 +272,9 @@ class _Recipe:
         """One tensor for each expert."""
         count = self.layer.num_experts
         if len(entries) != count:
-            numbers = {int(m[1]) for e in entries if (m := re.search(r"\.(\d+)\.[^.]*\D*$", e.name))}
+            numbers = {
+                int(m[1]) for e in entries if (m := re.search(r"\.(\d+)\.[^.]*\D*$", e.name))
+            }
             missing = sorted(set(range(count)) - numbers)
             hint = f"; expert {missing[0]} is missing" if missing and len(numbers) > 1 else ""
             raise CheckpointError(

@@ -55,7 +55,9 @@ class RuntimeConfig:
         if self.preload not in (True, False, "auto"):
             raise ConfigError(f"preload must be True, False or 'auto', found {self.preload!r}")
         if not isinstance(self.device, str):
-            raise ConfigError(f"device must be a text like 'cpu' or 'cuda:0', found {self.device!r}")
+            raise ConfigError(
+                f"device must be a text like 'cpu' or 'cuda:0', found {self.device!r}"
+            )
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> RuntimeConfig:

@@ -96,7 +96,9 @@ class CudaDevice:
         if not torch.cuda.is_available():
             raise ConfigError(f"device={name!r}, but this PyTorch sees no GPU; use device='cpu'")
         index = torch.device(name).index
-        self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+        self.torch_device = torch.device(
+            "cuda", torch.cuda.current_device() if index is None else index
+        )
         self._stream = torch.cuda.Stream(self.torch_device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The experts' forward: computes each MoE layer with what is held, fetching what is not.
 
-Registered with transformers' `ExpertsInterface` under `IMPLEMENTATION`. Residents compute while
+Residents compute while
 the missing experts are being read; when a layer needs more experts than there are slots, slots are
 refilled as experts finish, and one expert's tokens are never split. Contributions are stored by
 (choice, token) and summed at the end in a fixed order, so that results do not depend on what was
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_runtime.access import Access
 from moe_runtime.cache import ExpertCache
@@ -36,12 +35,7 @@ from moe_runtime.routing import LayerRouting, sort_routing, sort_single
 from moe_runtime.slots import SlotPool
 from moe_runtime.steps import Step
 
-__all__ = ["HANDLE", "IMPLEMENTATION", "Executor", "LayerHandle", "expert_form", "register"]
-
-IMPLEMENTATION = "moe_runtime"
-# Attribute of an experts module that this executor owns. Kept in `__dict__`, away from the
-# module's parameters and children.
-HANDLE = "_moe_runtime_handle"
+__all__ = ["Executor", "LayerHandle", "expert_form"]
 
 RoutingListener = Callable[[int, torch.Tensor, torch.Tensor, Step | None], None]
 
@@ -106,7 +100,8 @@ class _LayerStep:
 
 class Executor:
     """Computes MoE layers in a budget of slots. One call at a time: calls from several threads
-    wait for each other, layer by layer."""
+    wait for each other, layer by layer.
+    """
 
     def __init__(
         self,
@@ -216,8 +211,8 @@ class Executor:
             chosen = top_k_index[0].tolist()
             access = sort_single(position, chosen, count)
             if access is not None:
-                outputs = self._single(handle, hidden, chosen, access)
-                return _combine(outputs, hidden, top_k_weights)
+                single = self._single(handle, hidden, chosen, access)
+                return _combine(single, hidden, top_k_weights)
         routing = sort_routing(position, top_k_index, count, real)
         if self.exact:
             return self._exact(handle, module, hidden, top_k_index, top_k_weights, routing)
@@ -229,9 +224,8 @@ class Executor:
     ) -> torch.Tensor:
         """One token on the CPU: contributions `[K, D']` in the order of its choices."""
         outputs: torch.Tensor | None = None
-        for experts in self._in_ready_order(access):
-            if len(experts) == len(chosen):
-                experts = chosen
+        for ready in self._in_ready_order(access):
+            experts = chosen if len(ready) == len(chosen) else ready
             rows = decode_experts(hidden, self._held(handle, experts), handle.form)
             if len(experts) == len(chosen):
                 outputs = rows
@@ -460,75 +454,3 @@ def _combine(
     tokens, choices = top_k_weights.shape
     weighted = outputs.view(choices, tokens, -1) * top_k_weights.t().unsqueeze(-1)
     return weighted.sum(dim=0).to(hidden.dtype)
-
-
-class _NoGradient(torch.autograd.Function):
-    """Lets a forward call under autograd succeed and its backward fail with the reason."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # noqa: D102
-        raise AttachError(
-            "experts in a budget have no gradients: call moe_runtime.detach(model) to train"
-        )
-
-
-def _experts_forward(
-    module: nn.Module,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    handle: LayerHandle | None = module.__dict__.get(HANDLE)
-    if handle is None:
-        return _not_ours(module, hidden_states, top_k_index, top_k_weights)
-    wants_gradient = torch.is_grad_enabled() and (
-        hidden_states.requires_grad or top_k_weights.requires_grad
-    )
-    if wants_gradient and module.training:
-        raise AttachError(
-            f"{handle.layer.path} is in training mode with gradients, but experts in a budget "
-            "cannot be trained: call model.eval(), or moe_runtime.detach(model) to train"
-        )
-    with torch.no_grad():
-        output = handle.executor.forward(
-            handle, module, hidden_states, top_k_index, top_k_weights
-        )
-    if wants_gradient:
-        return _NoGradient.apply(output, hidden_states, top_k_weights)  # type: ignore[no-untyped-call,no-any-return]
-    return output
-
-
-# -- modules that are not ours ----------------------------------------------------------------------
-
-# What each configuration's experts ran with before; two models can share one configuration object.
-_previous: dict[int, str] = {}
-
-
-def remember_previous(config: object, name: str) -> None:
-    """Note what the modules of this configuration that are not ours go on running with."""
-    _previous[id(config)] = name
-
-
-def forget_previous(config: object) -> None:
-    """The configuration is back to what it was."""
-    _previous.pop(id(config), None)
-
-
-def _not_ours(module: nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
-    name = _previous.get(id(module.config), "grouped_mm")
-    eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
-    function = eager if name == "eager" else ALL_EXPERTS_FUNCTIONS.get(name, eager)
-    return function(module, *arguments)  # type: ignore[no-any-return]
-
-
-def register() -> None:
-    """Make the executor known to transformers; doing it again changes nothing."""
-    # The compiler must not look inside: the cache is state it cannot trace.
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _compiled_out)
-
-
-_compiled_out = torch.compiler.disable(_experts_forward)

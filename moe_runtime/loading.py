@@ -119,7 +119,7 @@ def _refuse_quantised(config: PreTrainedConfig) -> None:
 def _lean_class(cls: type[PreTrainedModel], structure: Structure) -> type[PreTrainedModel]:
     """`cls`, but instances lose their expert tensors as soon as they are built."""
 
-    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         structure.spec = read_spec(self)
         structure.keys = list(self.state_dict())
@@ -137,7 +137,7 @@ def _lean_class(cls: type[PreTrainedModel], structure: Structure) -> type[PreTra
     return type(
         cls.__name__,
         (cls,),
-        {"__init__": __init__, "__module__": cls.__module__, "__qualname__": cls.__qualname__},
+        {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__},
     )
 
 
@@ -164,9 +164,9 @@ def load_without_experts(
     return result, structure
 
 
-def build_structure(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: Any) -> tuple[
-    PreTrainedModel, Structure
-]:
+def build_structure(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: Any
+) -> tuple[PreTrainedModel, Structure]:
     """The model on the meta device, for its structure alone: no memory, no files."""
     import torch
 
@@ -180,4 +180,3 @@ def build_structure(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype:
         torch.set_default_dtype(before)
     structure = Structure(spec=read_spec(model), keys=list(model.state_dict()))
     return model, structure
-

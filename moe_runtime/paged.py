@@ -33,7 +33,7 @@ class PagedParameter(nn.Parameter):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, path: str
     ) -> PagedParameter:
-        result: PagedParameter = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        result: PagedParameter = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
         )
         result.path = path

@@ -126,9 +126,7 @@ class Fetcher:
             raise fetch.error
         return fetch, waited
 
-    def read_now(
-        self, position: int, expert: int, params: Sequence[ExpertParam]
-    ) -> Tensors:
+    def read_now(self, position: int, expert: int, params: Sequence[ExpertParam]) -> Tensors:
         """Read one expert into fresh host memory, on the calling thread.
 
         Raises:
@@ -201,10 +199,8 @@ class Fetcher:
         error: BaseException | None = None
         if fetch.error is None:
             try:
-                got = self._store.read(
-                    fetch.position, fetch.expert, piece, fetch.landing, bounce
-                )
-            except BaseException as caught:
+                got = self._store.read(fetch.position, fetch.expert, piece, fetch.landing, bounce)
+            except BaseException as caught:  # noqa: BLE001  raised again by whoever waits for it
                 error = caught
         with fetch.lock:
             fetch.nbytes += got

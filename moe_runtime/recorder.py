@@ -114,7 +114,7 @@ class Recorder:
 
     def _columns(
         self, step: Step | None, count: int
-    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], dict[str, np.ndarray]]:  # type: ignore[type-arg]
+    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], dict[str, np.ndarray]]:
         if step is None:
             step = Step(rows=count, batch=1)
         if not step.past:
@@ -122,11 +122,7 @@ class Recorder:
             self._sequences += max(step.batch, 1)
         length = count // max(step.batch, 1)
         sequences = self._first_sequence + np.arange(max(step.batch, 1)).repeat(length)
-        tokens = (
-            np.full(count, -1)
-            if step.token_ids is None
-            else step.token_ids.to("cpu").numpy()
-        )
+        tokens = np.full(count, -1) if step.token_ids is None else step.token_ids.to("cpu").numpy()
         keep = np.ones(count, np.bool_) if step.real is None else step.real.numpy()
         phase = DECODE if step.decode else PREFILL
         return keep, {

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_runtime import executor as execution
+from moe_runtime import interface
 from moe_runtime.budget import BudgetPlan, plan_budget, resolve_budget
 from moe_runtime.cache import ExpertCache
 from moe_runtime.checkpoint import ExpertMap, map_experts
@@ -24,7 +24,8 @@ from moe_runtime.core import format_bytes
 from moe_runtime.device import Device, open_device
 from moe_runtime.errors import AttachError, BudgetError, UnsupportedModelError
 from moe_runtime.eviction import make_policy
-from moe_runtime.executor import HANDLE, IMPLEMENTATION, Executor, LayerHandle, expert_form
+from moe_runtime.executor import Executor, LayerHandle, expert_form
+from moe_runtime.interface import HANDLE, IMPLEMENTATION
 from moe_runtime.loading import (
     build_structure,
     load_without_experts,
@@ -191,12 +192,12 @@ class Runtime:
         modules = dict(model.named_modules())
         owned = [(at, layer, modules[layer.path]) for at, layer in enumerate(self.spec.layers)]
         forms = [expert_form(module, layer) for _, layer, module in owned]
-        execution.register()
+        interface.register()
         self._previous = dict(model.get_experts_implementation())
         for _, _, module in owned:
             before = module.config._experts_implementation or "eager"
             if before != IMPLEMENTATION:
-                execution.remember_previous(module.config, before)
+                interface.remember_previous(module.config, before)
         model.set_experts_implementation(IMPLEMENTATION)
         for (position, layer, module), form in zip(owned, forms, strict=True):
             if module.config._experts_implementation != IMPLEMENTATION:
@@ -218,7 +219,7 @@ class Runtime:
         for layer in self.spec.layers:
             module = model.get_submodule(layer.path)
             module.__dict__.pop(HANDLE, None)
-            execution.forget_previous(module.config)
+            interface.forget_previous(module.config)
         model.set_experts_implementation(self._previous)
         for layer in self.spec.layers:
             config: Any = model.get_submodule(layer.path).config
@@ -423,9 +424,7 @@ def attach(
         )
     runtime = Runtime(model, spec, config, place, paged=False, rss_before=resident_set())
     in_place = place.is_cpu and expert_budget == "auto"
-    runtime.open(
-        ParameterStore(stacked), floor=0, disk=False, views=stacked if in_place else None
-    )
+    runtime.open(ParameterStore(stacked), floor=0, disk=False, views=stacked if in_place else None)
     if not place.is_cpu:
         _move_dense(model, spec, place.torch_device)
     runtime.install()

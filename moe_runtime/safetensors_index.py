@@ -113,7 +113,9 @@ def _find(path_or_id: str, name: str, hub: dict[str, Any]) -> str | None:
 
 
 def _no_safetensors(path_or_id: str, infix: str, hub: dict[str, Any]) -> str:
-    message = f"{path_or_id}: no model{infix}.safetensors and no model.safetensors.index{infix}.json"
+    message = (
+        f"{path_or_id}: no model{infix}.safetensors and no model.safetensors.index{infix}.json"
+    )
     if os.path.isdir(path_or_id):
         folder = Path(path_or_id, hub.get("subfolder", "") or "")
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".gguf"))

@@ -56,9 +56,7 @@ class SlotPool:
         for size in reversed(param.shape):
             inner.insert(0, step)
             step *= size
-        return flat.as_strided(
-            (self.count, *param.shape), (stride // param.dtype.itemsize, *inner)
-        )
+        return flat.as_strided((self.count, *param.shape), (stride // param.dtype.itemsize, *inner))
 
     @classmethod
     def over(cls, params: Sequence[ExpertParam], stacked: Sequence[torch.Tensor]) -> SlotPool:

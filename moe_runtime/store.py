@@ -140,13 +140,13 @@ class DiskStore:
 
     def pieces(self, position: int, expert: int) -> list[Piece]:
         """Rows of each range in runs of at most `chunk` bytes (one row at the least)."""
-        result = []
+        result: list[Piece] = []
         for segment in self._map.segments[position][expert]:
             rows = segment.shape[0]
             unit = 2 if segment.interleaved else 1
             each = max(1, self.chunk * rows // max(segment.nbytes, 1) // unit) * unit
-            for first in range(0, rows, each):
-                result.append(Piece(segment, first, min(each, rows - first)))
+            starts = range(0, rows, each)
+            result += [Piece(segment, first, min(each, rows - first)) for first in starts]
         return result
 
     def read(

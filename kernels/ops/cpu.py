@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from moe_runtime.kernels.reference import ExpertForm, project
 
 __all__ = ["decode_experts"]
@@ -29,10 +28,7 @@ def decode_experts(
     """
     inner = form.activation(
         torch.cat(
-            [
-                project(hidden, e[form.up], _bias(e, form.up_bias), form.transposed)
-                for e in experts
-            ]
+            [project(hidden, e[form.up], _bias(e, form.up_bias), form.transposed) for e in experts]
         )
     )
     out = torch.cat(

@@ -6,7 +6,6 @@ Reads the weights where they lie in the pool; knows no residency and no routing 
 from __future__ import annotations
 
 import torch
-
 from moe_runtime.kernels.reference import ExpertForm
 
 __all__ = ["grouped_experts"]
