@@ -62,8 +62,8 @@ executor          | kernels.* model_spec access cache device eager prefetch prof
                     steps                                  | torch numpy transformers
 recorder          | model_spec trace steps                 | torch numpy
 saving            | model_spec safetensors_index checkpoint paged | torch
-run_record        | version access budget cache config eviction memory model_spec profiler simulate \
-                  | torch transformers psutil
+run_record        | version access budget cache config eviction memory model_spec profiler \
+                    simulate                               | torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
 steering          | trace model_spec                       | torch numpy
 placement.ilp     | trace placement.*                      | numpy pulp
