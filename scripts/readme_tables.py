@@ -128,17 +128,24 @@ def source_lines(data: Any) -> list[str]:
     """Where a table's numbers come from: `machine`, `command` and `date` of its file."""
     if not isinstance(data, dict):
         return []
-    machine = data.get("machine")
-    if isinstance(machine, dict):
-        machine = ", ".join(f"{key} {value}" for key, value in machine.items())
-    parts = []
-    if machine:
-        parts.append(f"Machine: {machine}.")
-    if data.get("command"):
-        parts.append(f"Command: `{data['command']}`.")
-    if data.get("date"):
-        parts.append(f"Measured {data['date']}.")
-    return ["", " ".join(parts)] if parts else []
+    machine = data.get("machine") or {}
+    if isinstance(machine, str):
+        machine = {"processor": machine}
+    names = [
+        str(machine[key]) for key in ("device", "device_name", "processor") if machine.get(key)
+    ]
+    if machine.get("cores"):
+        names.append(f"{machine['cores']} cores")
+    if machine.get("memory_bytes"):
+        names.append(f"{machine['memory_bytes'] / 2**30:.0f} GiB of memory")
+    date = str(data.get("date") or machine.get("when") or "")[:10]
+    parts = [
+        f"Machine: {', '.join(names)}." if names else "",
+        f"Command: `{data['command']}`." if data.get("command") else "",
+        f"Measured {date}." if date else "",
+    ]
+    text = " ".join(filter(None, parts))
+    return ["", text] if text else []
 
 
 def render(text: str, results: Path = RESULTS) -> str:

@@ -29,7 +29,13 @@ tables = load_script()
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     data = {
-        "machine": "2 cores",
+        "machine": {
+            "processor": "A CPU",
+            "cores": 2,
+            "memory_bytes": 24 << 30,
+            "load_average": [0.1],
+            "when": "2026-11-23T22:00:00+00:00",
+        },
         "command": "python bench/peers.py",
         "speedup": 12.345,
         "runners": {
@@ -50,7 +56,10 @@ def test_a_table_is_made_from_an_object_of_rows(results: Path) -> None:
     new = tables.render(text, results)
     assert "| runner | tokens/s | disk | same |\n|---|---|---|---|\n" in new
     assert "| ours | 5.26 | 123 MB | yes |\n| theirs | 0.50 | - | no |" in new
-    assert "Machine: 2 cores. Command: `python bench/peers.py`." in new
+    assert (
+        "\nMachine: A CPU, 2 cores, 24 GiB of memory. Command: `python bench/peers.py`. "
+        "Measured 2026-11-23.\n" in new
+    )
     assert "old" not in new
     assert new.startswith("before\n")
     assert new.endswith("\nafter")
