@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import moe_runtime
 from architectures import (
     EXPERTS,
+    LAST_TEXT_ID,
     TOP_K,
     UNREACHED,
     ArchitectureCase,
@@ -27,10 +28,15 @@ from architectures import (
 )
 from moe_runtime.errors import BudgetError
 
-# Largest deviation of the default mode's logits from eager's, in units of the logits' standard
-# deviation. float32: sums in another order. bfloat16: an ulp at an early layer can turn a routing
-# decision at a later one, so the bound holds for the mean and not for each logit.
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05}
+# Largest deviation of the default mode's experts from eager's on the same input, in units of the
+# output's standard deviation. float32 sums in another order; eager rounds every partial sum to
+# bfloat16, the default mode only the whole.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.06}
+# The same of float32 logits. In bfloat16 no such number exists: an ulp turns a routing decision in
+# a later layer, as it does between transformers' own implementations.
+LOGITS_TOLERANCE = 1e-4
+
+FORCED = (11, 23, 42)
 
 # What the architecture itself fixes, against the top-4 of 16 experts that the others run.
 FIXED_TOP_K = {"ZayaForCausalLM": 1, "PhimoeForCausalLM": 2}
@@ -104,48 +110,66 @@ def load_plain(case: ArchitectureCase, path: Path, dtype: torch.dtype) -> PreTra
     return model.eval()
 
 
-def load_in_a_quarter(path: Path, dtype: torch.dtype, *, exact: bool) -> PreTrainedModel:
+def load_in_a_quarter(
+    case: ArchitectureCase, path: Path, dtype: torch.dtype, *, exact: bool
+) -> PreTrainedModel:
     """A quarter of the experts' bytes, or the next twentieth that is enough to work at all."""
     for percent in range(25, 100, 5):
         try:
-            return moe_runtime.from_pretrained(
-                path, expert_budget=f"{percent}%", device="cpu", dtype=dtype, exact=exact
-            ).eval()
+            model = moe_runtime.from_pretrained(
+                path,
+                expert_budget=f"{percent}%",
+                device="cpu",
+                dtype=dtype,
+                exact=exact,
+                auto_class=case.auto_class,
+            )
         except BudgetError:
             continue
+        assert type(model) is case.model_type
+        return model
     pytest.fail("no budget below that of all experts works")
 
 
-@torch.no_grad()
-def logits_of(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Logits of an unpadded and a padded batch, then of the tokens that a decode adds to it.
+class _Forced(LogitsProcessor):
+    """Makes `generate` append these tokens, whatever the model says."""
 
-    Rows of padding are left out: what a model computes there is nobody's business.
-    """
-    found = [model(**inputs(padded=False)).logits]
-    padded = inputs(padded=True)
-    output = model(**padded, use_cache=True)
-    found.append(output.logits[padded["attention_mask"].bool()])
-    mask = padded["attention_mask"]
-    for token in (11, 23, 42):
-        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
-        output = model(
-            input_ids=torch.full((2, 1), token),
-            attention_mask=mask,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
-        found.append(output.logits)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token = FORCED[input_ids.shape[1] % len(FORCED)]
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+
+
+@torch.no_grad()
+def unpadded_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits `[B, T, V]` of two rows of equal length."""
+    found: torch.Tensor = model(**inputs(padded=False)).logits
     return found
 
 
-def deviation(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Mean absolute difference over the standard deviation of what is expected."""
-    difference = torch.cat(
-        [(a - b).float().flatten() for a, b in zip(found, expected, strict=True)]
+@torch.no_grad()
+def padded_logits(model: PreTrainedModel, *, pad: int = 0) -> torch.Tensor:
+    """Logits `[tokens, V]` of a left-padded batch and of what `generate` adds to it.
+
+    Rows of padding are left out: what a model computes there is nobody's business.
+    """
+    batch = inputs(padded=True)
+    real = batch["attention_mask"].bool()
+    batch["input_ids"] = batch["input_ids"].where(real, pad)
+    prefill = model(**batch).logits[real]
+    decoded = model.generate(
+        **batch,
+        max_new_tokens=len(FORCED),
+        do_sample=False,
+        logits_processor=LogitsProcessorList([_Forced()]),
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    spread = torch.cat([b.float().flatten() for b in expected]).std()
-    return float(difference.abs().mean() / spread)
+    return torch.cat([prefill, *decoded.logits])
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference over the standard deviation of what is expected."""
+    return float((found.float() - expected.float()).abs().max() / expected.float().std())
 
 
 def test_every_experts_class_is_reached_or_has_a_reason() -> None:
@@ -170,31 +194,65 @@ def test_logits_in_a_quarter_of_the_experts(
 ) -> None:
     build(case, dtype).save_pretrained(tmp_path)
     plain = load_plain(case, tmp_path, dtype)
-    calls: list[str] = []
-    for path, module in experts_modules(plain).items():
-        module.register_forward_hook(_check_call(case, path, calls))
-    expected = logits_of(plain)
-    assert all(bool(part.isfinite().all()) for part in expected)
-    assert len(set(calls)) >= 2
+    calls = _record(case, plain)
+    expected = unpadded_logits(plain)
+    expected_padded = padded_logits(plain)
+    assert expected.isfinite().all()
+    assert expected_padded.isfinite().all()
+    assert len({call.path for call in calls}) >= 2
 
-    exact = load_in_a_quarter(tmp_path, dtype, exact=True)
-    assert type(exact) is case.model_type
-    for index, (part, reference) in enumerate(zip(logits_of(exact), expected, strict=True)):
-        assert torch.equal(part, reference), f"exact mode differs from eager in part {index}"
+    exact = load_in_a_quarter(case, tmp_path, dtype, exact=True)
+    assert torch.equal(unpadded_logits(exact), expected)
+    assert torch.equal(padded_logits(exact), expected_padded)
     _check_counters(counters(exact))
 
-    fast = load_in_a_quarter(tmp_path, dtype, exact=False)
-    assert deviation(logits_of(fast), expected) <= TOLERANCE[dtype]
+    fast = load_in_a_quarter(case, tmp_path, dtype, exact=False)
+    found, found_padded = unpadded_logits(fast), padded_logits(fast)
     _check_counters(counters(fast))
+    for call in calls:
+        with torch.no_grad():
+            output = fast.get_submodule(call.path)(*call.arguments)
+        assert deviation(output, call.output) <= TOLERANCE[dtype]
+    if dtype == torch.float32:
+        assert deviation(found, expected) <= LOGITS_TOLERANCE
+        if _ignores_padding(plain, expected_padded):
+            assert deviation(found_padded, expected_padded) <= LOGITS_TOLERANCE
 
 
-def _check_call(case: ArchitectureCase, path: str, calls: list[str]) -> Any:
-    def check(module: Any, arguments: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
-        calls.append(path)
-        assert module.num_experts >= EXPERTS
-        assert arguments[1].shape[1] == FIXED_TOP_K.get(case.name, TOP_K)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One call of an experts module: hidden states, top-k indices and weights, and the output."""
 
-    return check
+    path: str
+    arguments: tuple[torch.Tensor, ...]
+    output: torch.Tensor
+
+
+def _record(case: ArchitectureCase, model: PreTrainedModel) -> list[_Call]:
+    """A list that every later call of the model's experts is added to."""
+    calls: list[_Call] = []
+
+    def hook(path: str) -> Any:
+        def record(module: Any, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            assert module.num_experts >= EXPERTS
+            assert arguments[1].shape[1] == FIXED_TOP_K.get(case.name, TOP_K)
+            calls.append(_Call(path=path, arguments=arguments, output=output))
+
+        return record
+
+    for path, module in experts_modules(model).items():
+        module.register_forward_hook(hook(path))
+    return calls
+
+
+def _ignores_padding(plain: PreTrainedModel, expected: torch.Tensor) -> bool:
+    """Whether real tokens' logits do not depend on what stands in the padding.
+
+    In a few of transformers' own models they do. The default mode computes no experts for
+    padding, and cannot agree with such a model.
+    """
+    other = padded_logits(plain, pad=LAST_TEXT_ID - 1)
+    return deviation(other, expected) < LOGITS_TOLERANCE
 
 
 def _check_counters(found: Counters) -> None:
@@ -213,7 +271,7 @@ def test_checkpoint_is_read_and_saved_bit_for_bit(
     build(case, dtype).save_pretrained(source, save_original_format=form == "published")
     plain = load_plain(case, source, dtype)
 
-    model = load_in_a_quarter(source, dtype, exact=False)
+    model = load_in_a_quarter(case, source, dtype, exact=False)
     assert model.num_parameters() == plain.num_parameters()
     model.save_pretrained(copy)
     again = load_plain(case, copy, dtype)
