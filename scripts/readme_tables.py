@@ -91,6 +91,24 @@ def load(name: str, results: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def column(rows: list[tuple[str, Any]], path: str, form: str, name: str) -> list[str]:
+    """One column's cells. A row without the field (a runner that failed) has a dash in it; a field
+    that no row has is a TableError."""
+    if path == "@key":
+        return [key for key, _ in rows]
+    cells: list[str] = []
+    errors: list[TableError] = []
+    for key, row in rows:
+        try:
+            cells.append(show(look_up(row, path, f"{name} row {key}"), form))
+        except TableError as error:
+            cells.append("-")
+            errors.append(error)
+    if rows and len(errors) == len(rows):
+        raise errors[0]
+    return cells
+
+
 def render_table(spec: str, results: Path) -> str:
     """The Markdown lines of a table, and under it its machine and command if the file has them."""
     source, *columns = (part.strip() for part in spec.replace("\n", " ").split("|"))
@@ -111,16 +129,13 @@ def render_table(spec: str, results: Path) -> str:
         (heading.strip(), split_format(path))
         for heading, path in (c.split("=", 1) for c in columns)
     ]
+    keyed = list(keyed)
+    texts = [column(keyed, path, form, name) for _, (path, form) in pairs]
     lines = [
         "| " + " | ".join(heading for heading, _ in pairs) + " |",
         "|" + "|".join("---" for _ in pairs) + "|",
+        *("| " + " | ".join(cells) + " |" for cells in zip(*texts, strict=True)),
     ]
-    for key, row in keyed:
-        cells = [
-            key if path == "@key" else show(look_up(row, path, f"{name} row {key}"), form)
-            for _, (path, form) in pairs
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *source_lines(data), ""])
 
 

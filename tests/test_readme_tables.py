@@ -41,6 +41,7 @@ def results(tmp_path: Path) -> Path:
         "runners": {
             "ours": {"rate": 5.26, "disk": {"bytes": 123_456_789}, "same": True},
             "theirs": {"rate": 0.5, "disk": {"bytes": None}, "same": False},
+            "killed": {"rate": None, "disk": "none"},
         },
         "list": [{"share": 0.25}, {"share": 0.5}],
     }
@@ -55,7 +56,10 @@ def test_a_table_is_made_from_an_object_of_rows(results: Path) -> None:
     )
     new = tables.render(text, results)
     assert "| runner | tokens/s | disk | same |\n|---|---|---|---|\n" in new
-    assert "| ours | 5.26 | 123 MB | yes |\n| theirs | 0.50 | - | no |" in new
+    assert (
+        "| ours | 5.26 | 123 MB | yes |\n| theirs | 0.50 | - | no |\n| killed | - | - | - |\n"
+        in new
+    )
     assert (
         "\nMachine: A CPU, 2 cores, 24 GiB of memory. Command: `python bench/peers.py`. "
         "Measured 2026-11-23.\n" in new
@@ -82,11 +86,14 @@ def test_a_value_stands_in_a_sentence(results: Path) -> None:
         ("value gone.json speedup", "peers.json"),
         ("value peers.json sped", "speedup"),
         ("value peers.json list/7", "'7'"),
+        ("table peers.json runners | tokens/s = speed", "no 'speed'"),
+        ("table peers.json runners", "columns are written"),
+        ("table peers.json speedup | a = b", "neither a list nor an object"),
     ],
 )
 def test_a_marker_that_does_not_fit_is_named(results: Path, spec: str, hint: str) -> None:
     with pytest.raises(tables.TableError, match=hint):
-        tables.render(f"<!-- {spec} --><!-- /value -->", results)
+        tables.render(f"<!-- {spec} -->\n<!-- /{spec.split()[0]} -->", results)
 
 
 def test_the_readme_is_current(capsys: pytest.CaptureFixture[str]) -> None:
