@@ -93,7 +93,8 @@ def load(name: str, results: Path) -> Any:
 
 def column(rows: list[tuple[str, Any]], path: str, form: str, name: str) -> list[str]:
     """One column's cells. A row without the field (a runner that failed) has a dash in it; a field
-    that no row has is a TableError."""
+    that no row has is a TableError.
+    """
     if path == "@key":
         return [key for key, _ in rows]
     cells: list[str] = []

@@ -93,7 +93,7 @@ def test_a_value_stands_in_a_sentence(results: Path) -> None:
 )
 def test_a_marker_that_does_not_fit_is_named(results: Path, spec: str, hint: str) -> None:
     with pytest.raises(tables.TableError, match=hint):
-        tables.render(f"<!-- {spec} -->\n<!-- /{spec.split()[0]} -->", results)
+        tables.render(f"<!-- {spec} -->\n<!-- /{spec.split(maxsplit=1)[0]} -->", results)
 
 
 def test_the_readme_is_current(capsys: pytest.CaptureFixture[str]) -> None:
