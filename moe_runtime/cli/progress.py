@@ -23,7 +23,7 @@ __all__ = ["LiveRun"]
 _REFRESH_SECONDS = 0.25
 
 
-class LiveRun(BaseStreamer):  # type: ignore[misc]
+class LiveRun(BaseStreamer):
     """A streamer for `generate` that shows tokens, hit rate and bytes of a run of prompts.
 
     Use as a context manager; call `start(name)` before each `generate`.

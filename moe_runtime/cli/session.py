@@ -46,7 +46,7 @@ def session(*, as_json: bool, debug: bool) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): nothing is left to say, and to nobody.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         raise typer.Exit(FAILED) from None
     except _EXPECTED as error:
         if debug:

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from moe_runtime.report.run import DECODE, PREFILL, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -44,7 +45,7 @@ _TEXT, _MUTED, _RULE, _ACCENT, _SECOND, _PAGE = _INK
 _HEAT = (0.16, 0.45, 0.74)  # the accent, as pixels; the share is its opacity
 _HALF, _FULL = (440, 210), (920, 300)
 _MOST_POINTS = 360
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moe-runtime",
     "font.size": 11,
@@ -116,7 +117,7 @@ def _bins(length: int) -> IntArray:
     return np.unique(np.linspace(0, length, min(length, _MOST_POINTS), endpoint=False).astype(int))
 
 
-def _means(values: FloatArray, starts: IntArray) -> FloatArray:
+def _means(values: FloatArray | IntArray, starts: IntArray) -> FloatArray:
     sizes = np.diff(np.append(starts, len(values)))
     result: FloatArray = np.add.reduceat(values.astype(np.float64), starts) / sizes
     return result
@@ -128,8 +129,15 @@ def _step_axes(drawing: _Drawing) -> Axes:
     axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
     axes.margins(x=0.01)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_ticks(axes.xaxis)
     return axes
+
+
+def _whole_ticks(axis: Axis) -> None:
+    """Label whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def _mark_prefill(axes: Axes, run: Run) -> None:
@@ -208,7 +216,7 @@ def misses_over_time(run: Run) -> str | None:
         _curve(axes, at, _means(uses, starts), _RULE, "experts needed", fill=True)
         _curve(axes, at, _means(steps.misses, starts), _ACCENT, "misses", fill=True)
         _fit_decode(axes, uses, run)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        _whole_ticks(axes.yaxis)
         _mark_prefill(axes, run)
         _legend(drawing, axes)
     return drawing.svg
@@ -300,7 +308,7 @@ def residency_share(run: Run) -> str | None:
         axes = drawing.figure.add_subplot()
         _heat(axes, shares)
         _layer_ticks(axes, run.grid.layers)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_ticks(axes.xaxis)
         axes.set_xlabel("expert")
     return drawing.svg
 
