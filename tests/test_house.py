@@ -187,6 +187,15 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.name for path in (ROOT / "moe_runtime").glob("*.py")}
+    missing = {
+        name for name in files - {"__init__.py", "__main__.py", "version.py"} if name not in text
+    }
+    assert not missing, f"docs/architecture.md does not say what {sorted(missing)} own"
+
+
 def test_pins_cover_every_direct_dependency() -> None:
     project = PROJECT["project"]
     extras = project["optional-dependencies"].values()

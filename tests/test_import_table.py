@@ -60,6 +60,7 @@ eager             |                                        | torch
 profiler          | access                                 | numpy psutil
 executor          | kernels.* model_spec access cache device eager prefetch profiler routing slots \
                     steps                                  | torch numpy transformers
+interface         | executor                               | torch transformers
 recorder          | model_spec trace steps                 | torch numpy
 saving            | model_spec safetensors_index checkpoint paged | torch
 run_record        | version access budget cache config eviction memory model_spec profiler \
