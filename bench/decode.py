@@ -31,7 +31,7 @@ OURS = "moe-runtime, capped"
 
 
 def runners(
-    *, llama_python: Path, neurostream: Path, offload: Path, expert_budget: int
+    *, llama_python: Path, neurostream: Path, offload: Path, expert_budget: int, policy: str
 ) -> list[Runner]:
     ours = {"module": "run_moe_runtime", "extra_path": str(REPOSITORY)}
     llama = {"module": "run_llama_cpp", "python": str(llama_python)}
@@ -42,7 +42,8 @@ def runners(
         Runner(name="transformers eager", module="run_transformers", options={"experts": "eager"}),
         Runner(name="llama.cpp", **llama),  # type: ignore[arg-type]
         Runner(name="moe-runtime", options={"expert_budget": "100%"}, **ours),  # type: ignore[arg-type]
-        Runner(name=OURS, capped=True, options={"expert_budget": expert_budget}, **ours),  # type: ignore[arg-type]
+        Runner(name=OURS, capped=True,
+               options={"expert_budget": expert_budget, "policy": policy}, **ours),  # type: ignore[arg-type]
         Runner(
             name="accelerate, experts on disk, capped", module="run_accelerate", capped=True,
             options={"experts": "grouped_mm", "offload_folder": str(offload)}, share=0.25,
@@ -100,6 +101,7 @@ def main(
     neurostream: Annotated[Path, typer.Option(help="folder with neurostream installed")],
     cap: Annotated[float, typer.Option(help="bytes, for the capped runners")] = 2.2e9,
     expert_budget: Annotated[int, typer.Option(help="bytes; 0: what the cap leaves")] = 0,
+    policy: Annotated[str, typer.Option(help="of ours under the cap")] = "lru",
     warmup: int = 32,
     tokens: int = 64,
     start: Annotated[int, typer.Option(help="first teacher-forced id")] = 0,
@@ -126,7 +128,7 @@ def main(
         chosen = [
             r
             for r in runners(llama_python=llama_python, neurostream=neurostream,
-                             offload=Path(offload), expert_budget=budget)
+                             offload=Path(offload), expert_budget=budget, policy=policy)
             if only in r.name
         ]  # fmt: skip
         for round_ in range(rounds):
@@ -146,7 +148,8 @@ def main(
         "what": "batch-1 decode on CPU, teacher-forced, seconds per token after warm-up",
         "machine": machine,
         "disk_direct_read_gb_per_s": disk,
-        "settings": {**asdict(conditions), "rounds": rounds, "cap": int(cap), "expert_budget": budget,
+        "settings": {**asdict(conditions), "rounds": rounds, "cap": int(cap),
+                     "expert_budget": budget, "policy": policy,
                      "checkpoint_expert_bytes": expert_bytes, "checkpoint_dense_bytes": dense,
                      "import_only_peak": import_peak, "ids": IDS_FILE},
         "runners": table,

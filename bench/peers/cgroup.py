@@ -30,7 +30,7 @@ class Outcome:
     wall_seconds: float
     limit: int | None
     peak_bytes: int  # page cache included
-    peak_anonymous_bytes: int  # sampled ten times a second
+    peak_anonymous_bytes: int  # shared memory included; sampled ten times a second
     limit_hits: int
     out_of_memory_kills: int
     device_read_bytes: int | None  # None where the kernel keeps no account
@@ -119,7 +119,9 @@ def run(
         timed_out, anonymous = False, 0
         try:
             while process.poll() is None:
-                anonymous = max(anonymous, _field(memory / "memory.stat", "total_rss"))
+                stat = memory / "memory.stat"
+                held = _field(stat, "total_rss") + _field(stat, "total_shmem")
+                anonymous = max(anonymous, held)
                 if time.perf_counter() - began > timeout:
                     timed_out = True
                     process.kill()

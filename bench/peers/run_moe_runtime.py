@@ -1,11 +1,10 @@
-"""Runner: this project. Options: `expert_budget`, `policy`, and `threads_io` where it is asked for.
+"""Runner: this project. Its options are keyword arguments of `moe_runtime.from_pretrained`.
 
 Does not know the harness.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -17,20 +16,11 @@ from peers.run_transformers import stepper
 
 def open_ours(task: Task) -> Opened:
     torch.set_num_threads(task.threads)
-    model = moe_runtime.from_pretrained(
-        task.checkpoint,
-        expert_budget=task.options["expert_budget"],
-        policy=task.options.get("policy", "lru"),
-        device="cpu",
-    ).eval()
+    model = moe_runtime.from_pretrained(task.checkpoint, device="cpu", **task.options)
 
     def extra() -> dict[str, Any]:
-        report = moe_runtime.report(model)
-        try:
-            content: dict[str, Any] = json.loads(json.dumps(report, default=vars))
-        except TypeError:
-            content = {"text": str(report)}
-        return {"report": content}
+        run = moe_runtime.runtime_of(model).run_record()
+        return {name: run[name] for name in ("budget", "counters", "memory", "simulation")}
 
     return Opened(step=stepper(model), extra=extra, packages=("torch", "transformers"))
 
