@@ -14,7 +14,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_runtime.errors import AttachError
 from moe_runtime.executor import LayerHandle
 
-__all__ = ["HANDLE", "IMPLEMENTATION", "forget_previous", "register", "remember_previous"]
+__all__ = [
+    "HANDLE",
+    "IMPLEMENTATION",
+    "forget_previous",
+    "previous_implementation",
+    "register",
+    "remember_previous",
+]
 
 IMPLEMENTATION = "moe_runtime"
 # Attribute of an experts module that an executor owns. It stands in the module's `__dict__`, away
@@ -60,22 +67,39 @@ def _experts_forward(
     return output
 
 
-# What each configuration's experts ran with before; two models can share one configuration object.
-_previous: dict[int, str] = {}
+# By configuration object: what its experts ran with before, and how many runtimes use it now. Two
+# models can share one configuration.
+_previous: dict[int, tuple[str, int]] = {}
 
 
-def remember_previous(config: object, name: str) -> None:
-    """Note what the modules of this configuration that are not ours go on running with."""
-    _previous[id(config)] = name
+def previous_implementation(config: Any) -> str | None:
+    """What this configuration's experts ran with before any runtime, None if that is now."""
+    known = _previous.get(id(config))
+    return known[0] if known else None
 
 
-def forget_previous(config: object) -> None:
-    """The configuration is back to what it was."""
-    _previous.pop(id(config), None)
+def remember_previous(config: Any) -> None:
+    """One more runtime uses this configuration."""
+    name, users = _previous.get(id(config), (config._experts_implementation or "eager", 0))
+    _previous[id(config)] = (name, users + 1)
+
+
+def forget_previous(identity: int) -> str | None:
+    """One runtime fewer uses the configuration of this `id`.
+
+    Returns:
+        The name to put back if that was the last, else None.
+    """
+    name, users = _previous[identity]
+    if users > 1:
+        _previous[identity] = (name, users - 1)
+        return None
+    del _previous[identity]
+    return name
 
 
 def _not_ours(module: nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
-    name = _previous.get(id(module.config), "grouped_mm")
+    name = previous_implementation(module.config) or "grouped_mm"
     eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
     function = eager if name == "eager" else ALL_EXPERTS_FUNCTIONS.get(name, eager)
     return function(module, *arguments)  # type: ignore[no-any-return]

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.model_spec import (
     MoESpec,
     expert_parameter_names,
@@ -157,7 +158,10 @@ def load_without_experts(
     """
     structure = Structure()
     lean = _lean_class(cls, structure)
-    result = lean.from_pretrained(path_or_id, **options)
+    try:
+        result = lean.from_pretrained(path_or_id, **options)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path_or_id}: a shard cannot be read ({error})") from error
     model = result[0] if isinstance(result, tuple) else result
     model.__class__ = cls
     model._keys_to_ignore_on_load_unexpected = structure.ignored

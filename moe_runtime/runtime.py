@@ -92,6 +92,7 @@ class Runtime:
         self.profiler = Profiler(layers=len(spec.layers), grid_size=spec.grid.size)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._previous: dict[str, Any] = {}
+        self._finalizers: list[weakref.finalize[Any, Any]] = []
         self._store: Store
         self._fetcher: Fetcher
         self._recorders: list[Recorder] = []
@@ -193,11 +194,18 @@ class Runtime:
         owned = [(at, layer, modules[layer.path]) for at, layer in enumerate(self.spec.layers)]
         forms = [expert_form(module, layer) for _, layer, module in owned]
         interface.register()
+        configs = {id(module.config): module.config for _, _, module in owned}
+        for config in configs.values():
+            interface.remember_previous(config)
+            # A model that is dropped without detach leaves no trace of its configuration's `id`.
+            finalizer = weakref.finalize(model, interface.forget_previous, id(config))
+            self._finalizers.append(finalizer)
         self._previous = dict(model.get_experts_implementation())
-        for _, _, module in owned:
-            before = module.config._experts_implementation or "eager"
-            if before != IMPLEMENTATION:
-                interface.remember_previous(module.config, before)
+        for key in self._previous:
+            inner = getattr(model.config, key) if key else model.config
+            self._previous[key] = (
+                interface.previous_implementation(inner) or self._previous[key] or "eager"
+            )
         model.set_experts_implementation(IMPLEMENTATION)
         for (position, layer, module), form in zip(owned, forms, strict=True):
             if module.config._experts_implementation != IMPLEMENTATION:
@@ -216,15 +224,20 @@ class Runtime:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        configs: dict[int, Any] = {}
         for layer in self.spec.layers:
             module = model.get_submodule(layer.path)
             module.__dict__.pop(HANDLE, None)
-            interface.forget_previous(module.config)
-        model.set_experts_implementation(self._previous)
-        for layer in self.spec.layers:
-            config: Any = model.get_submodule(layer.path).config
-            if config._experts_implementation == IMPLEMENTATION:
-                config._experts_implementation = self._previous.get("", "grouped_mm")
+            configs[id(module.config)] = module.config
+        for finalizer in self._finalizers:
+            finalizer.detach()
+        self._finalizers.clear()
+        names = [interface.forget_previous(identity) for identity in configs]
+        if None not in names:  # another model may still run by a configuration of this one
+            model.set_experts_implementation(self._previous)
+            for config, name in zip(configs.values(), names, strict=True):
+                if config._experts_implementation == IMPLEMENTATION:
+                    config._experts_implementation = name
         del model.__dict__[_RUNTIME]
         self._fetcher.close()
 

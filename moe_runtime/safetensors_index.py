@@ -84,6 +84,8 @@ def resolve_shards(path_or_id: str, *, variant: str | None, **options: Any) -> l
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a shard index ({error!r}); fetch it again") from error
+    if not names:
+        raise CheckpointError(f"{index}: the shard index names no tensor; fetch it again")
     shards = []
     for name in names:
         shard = _find(path_or_id, name, hub) if _is_plain_name(name) else None
@@ -159,6 +161,8 @@ def _read_header(path: str, number: int) -> list[StoredTensor]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged safetensors header ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: damaged safetensors header (it is no object)")
     start = 8 + length
     entries = []
     for name, fields in header.items():
@@ -176,6 +180,8 @@ def _check_entry(
         begin, end = (int(n) for n in fields["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: tensor {name} has a damaged entry ({error!r})") from error
+    if any(length < 0 for length in shape):
+        raise CheckpointError(f"{path}: tensor {name} has the damaged shape {shape}")
     if start + end > size or begin > end or begin < 0:
         raise CheckpointError(
             f"{path}: tensor {name} ends at byte {start + end} of a file of {size} bytes; "
