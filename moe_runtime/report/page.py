@@ -76,7 +76,7 @@ def render_page(run: Run, summary: Summary) -> str:
     held_over_time, most_held = figures.residency_over_time(run) or ("", 0.0)
     return _template().render(
         title=model.get("name") or model.get("class") or "unnamed model",
-        outcome=outcome(summary),
+        outcome=outcome(summary).replace(" %", "\N{NO-BREAK SPACE}%"),
         compared=compared(run),
         equal=summary.tokens_equal is not None and summary.tokens_equal == summary.tokens_compared,
         tiles=_tiles(run, summary),
@@ -282,12 +282,12 @@ def _generated(run: Run) -> list[dict[str, str]]:
 def _tables(run: Run, summary: Summary) -> list[tuple[str, list[tuple[str, str]]]]:
     """The sections that are lists of names and values."""
     totals, budget, model = run.counters, run.section("budget"), run.section("model")
-    share = budget.get("share")
+    share, each = budget.get("share"), run.mean_expert_bytes
     memory = [
         ("Budget", size(summary.budget_bytes)),
         ("Share of all experts", percent(share) if isinstance(share, int | float) else NONE),
         ("Slots", _plain(budget.get("slots"))),
-        ("Bytes a slot", _sizes(budget.get("slot_bytes"))),
+        ("All slots", _sizes(budget.get("slot_bytes"))),
         ("Staging", _sizes(budget.get("staging_bytes"))),
         ("Used at most", size(summary.budget_used_bytes)),
         ("Process peak", size(summary.peak_rss_bytes)),
@@ -301,6 +301,7 @@ def _tables(run: Run, summary: Summary) -> list[tuple[str, list[tuple[str, str]]
         ("… read again", count(totals.rereads)),
         ("Evictions", count(totals.evictions)),
         ("Read from disk", size(totals.bytes_read)),
+        ("Weights of the misses", size(None if each is None else totals.misses * each)),
         ("Read from host memory", size(totals.host_bytes)),
         ("Time in steps", duration(totals.step_seconds)),
         ("… in experts", duration(totals.expert_seconds)),
