@@ -10,6 +10,7 @@ same position. Under the cap, pages of the page cache count; each file is droppe
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from dataclasses import asdict
@@ -56,6 +57,17 @@ def runners(
         Runner(name="transformers grouped_mm, capped", module="run_transformers", capped=True,
                options={"experts": "grouped_mm"}),
     ]  # fmt: skip
+
+
+def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """The seed of the weights, the text, and how the checkpoint was found to route."""
+    stored = json.loads((checkpoint / IDS_FILE).read_text())
+    routing = checkpoint / "routing.json"
+    return {
+        "weights_seed": stored["weights_seed"],
+        "text": stored["source"],
+        "routing": json.loads(routing.read_text()) if routing.is_file() else None,
+    }
 
 
 def ratios(table: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +160,7 @@ def main(
         "what": "batch-1 decode on CPU, teacher-forced, seconds per token after warm-up",
         "machine": machine,
         "disk_direct_read_gb_per_s": disk,
+        "checkpoint": describe_checkpoint(checkpoint),
         "settings": {**asdict(conditions), "rounds": rounds, "cap": int(cap),
                      "expert_budget": budget, "policy": policy,
                      "checkpoint_expert_bytes": expert_bytes, "checkpoint_dense_bytes": dense,
