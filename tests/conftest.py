@@ -1,7 +1,5 @@
-"""Fixtures that tests share: tiny checkpoints in every stored form, a prompt, its continuation.
-
-Does not know the runtime: the models here are plain transformers' own.
-"""
+"""Fixtures that tests share: tiny checkpoints in every stored form, a prompt, its continuation by
+plain transformers, and a way to let a read of an expert fail."""
 
 from __future__ import annotations
 
@@ -10,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks a hub
 
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -18,6 +18,8 @@ import torch
 import transformers
 from transformers import Qwen3MoeForCausalLM
 
+from moe_runtime import store
+from running import FailAt
 from tiny import FORMS, SHARD_SIZE, VOCAB, TinyCheckpoints, tiny_model
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
@@ -75,3 +77,25 @@ def eager_tokens(tiny_checkpoints: TinyCheckpoints, prompt: torch.Tensor) -> tor
     tokens = model.generate(prompt, max_new_tokens=16, do_sample=False)
     assert isinstance(tokens, torch.Tensor)
     return tokens
+
+
+@pytest.fixture
+def fail_at(monkeypatch: pytest.MonkeyPatch) -> FailAt:
+    """Let one read of an expert do something else; see `running.FailAt`."""
+    plain: Callable[[int, memoryview, int], int] = store.read_range
+    lock = threading.Lock()
+
+    def arrange(number: int, act: Callable[[], int | None]) -> None:
+        count = 0
+
+        def read(fd: int, buffer: memoryview, offset: int) -> int:
+            nonlocal count
+            with lock:
+                count += 1
+                mine = count == number
+            result = act() if mine else None
+            return plain(fd, buffer, offset) if result is None else result
+
+        monkeypatch.setattr(store, "read_range", read)
+
+    return arrange

@@ -39,7 +39,7 @@ device            |                                        | torch
 hardware          | memory                                 | torch numpy psutil pynvml
 model_spec        |                                        | torch transformers
 paged             |                                        | torch
-loading           | model_spec paged                       | torch transformers
+loading           | model_spec paged                       | torch transformers safetensors
 safetensors_index |                                        | torch transformers safetensors
 checkpoint        | model_spec safetensors_index           | torch transformers numpy
 access            |                                        | numpy

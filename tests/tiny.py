@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH, VOCAB = 4, 16, 4, 32, 24, 128
@@ -72,3 +73,15 @@ class TinyCheckpoints:
 
 
 FORMS = ("per_expert", "fused", "per_expert_sharded", "fused_sharded")
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def expert_shard(folder: Path) -> Path:
+    """The shard that holds the last expert's down projection of the last layer."""
+    for path in shards(folder):
+        if any(".experts." in key and "layers.3" in key for key in load_file(path)):
+            return path
+    raise AssertionError("no shard with experts")
