@@ -1,4 +1,4 @@
-"""Calls at the wrong moment: interrupts, threads, attach, detach, training, shared configurations."""
+"""Calls at the wrong moment: interrupts, threads, attach and detach, training, shared configs."""
 
 from __future__ import annotations
 
