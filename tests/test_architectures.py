@@ -107,7 +107,7 @@ def load_plain(case: ArchitectureCase, path: Path, dtype: torch.dtype) -> PreTra
     for module in experts_modules(model).values():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.clone()
-    return model.eval()
+    return model
 
 
 def load_in_a_quarter(
@@ -116,8 +116,8 @@ def load_in_a_quarter(
     """A quarter of the experts' bytes, or the next twentieth that is enough to work at all."""
     for percent in range(25, 100, 5):
         try:
-            model = moe_runtime.from_pretrained(
-                path,
+            model: PreTrainedModel = moe_runtime.from_pretrained(
+                str(path),
                 expert_budget=f"{percent}%",
                 device="cpu",
                 dtype=dtype,
@@ -147,7 +147,7 @@ def unpadded_logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 @torch.no_grad()
-def padded_logits(model: PreTrainedModel, *, pad: int = 0) -> torch.Tensor:
+def padded_logits(model: Any, *, pad: int = 0) -> torch.Tensor:
     """Logits `[tokens, V]` of a left-padded batch and of what `generate` adds to it.
 
     Rows of padding are left out: what a model computes there is nobody's business.
