@@ -193,8 +193,8 @@ class CacheMachine(RuleBasedStateMachine):
         }
 
 
-# 210 runs of 50 operations each: over ten thousand, each followed by every check above.
-CacheMachine.TestCase.settings = settings(max_examples=210, stateful_step_count=50, deadline=None)
+# 270 runs of up to 50 operations each: over ten thousand, each followed by every check above.
+CacheMachine.TestCase.settings = settings(max_examples=270, stateful_step_count=50, deadline=None)
 TestAnyOrderOfOperations = CacheMachine.TestCase
 
 
