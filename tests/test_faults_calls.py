@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -49,6 +51,34 @@ def test_ctrl_c_in_the_middle_leaves_the_model_usable(
     with pytest.raises(KeyboardInterrupt):
         generate(model, prompt)
     assert_usable(model, prompt, eager_tokens)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_ctrl_c_at_any_moment_leaves_the_model_usable(
+    tiny_checkpoints: TinyCheckpoints,
+    prompt: torch.Tensor,
+    eager_tokens: torch.Tensor,
+    exact: bool,
+) -> None:
+    model = load(tiny_checkpoints.per_expert, exact=exact)
+    began = time.perf_counter()
+    generate(model, prompt)
+    seconds = time.perf_counter() - began
+    moments = random.Random(3)
+    interrupted = 0
+    for _ in range(20):
+        timer = threading.Timer(
+            moments.random() * seconds, lambda: os.kill(os.getpid(), signal.SIGINT)
+        )
+        timer.start()
+        try:
+            generate(model, prompt)
+            timer.join()
+            time.sleep(0.05)  # the signal is handled here if the call was the faster
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert_usable(model, prompt, eager_tokens)
+    assert interrupted == 20
 
 
 def test_an_interrupt_raised_inside_the_reader_reaches_the_caller(
