@@ -62,7 +62,7 @@ def checkpoint(tiny_checkpoints: TinyCheckpoints, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("cli") / "tiny-moe"
     shutil.copytree(tiny_checkpoints.per_expert, folder)
     tiny_tokenizer().save_pretrained(folder)
-    prompts = [{"domain": "english", "prompt": "The State"}, {"domain": "code", "prompt": "def f"}]
+    prompts = {"english": [{"prompt": "The State"}], "code": [{"prompt": "def f"}]}
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return folder
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
@@ -118,9 +119,11 @@ def _run(folder: Path, budget: str, policy: str, new_tokens: int) -> Report:
     console = to_stderr()
     encoded = [_encode(tokenizer, prompt.text) for prompt in prompts]
     answers = []
-    with LiveRun(model, [prompt.domain for prompt in prompts], new_tokens, console) as live:
-        for inputs in encoded:
-            live.start()
+    totals = Counter(prompt.domain for prompt in prompts)
+    limits = {domain: prompts_of * new_tokens for domain, prompts_of in totals.items()}
+    with LiveRun(model, limits, console) as live:
+        for prompt, inputs in zip(prompts, encoded, strict=True):
+            live.start(prompt.domain)
             answers.append(_answer(model, inputs, new_tokens, live))
     record = moe_runtime.report(model).to_dict()
     with (
@@ -153,8 +156,12 @@ def read_prompts(folder: Path) -> list[Prompt]:
             f"no bundled model: {path} is missing; install moe-runtime again, or run "
             "`moe-runtime generate` on a checkpoint of yours"
         )
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    return [Prompt(domain=entry["domain"], text=entry["prompt"]) for entry in entries]
+    by_domain = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Prompt(domain=domain, text=entry["prompt"])
+        for domain, entries in by_domain.items()
+        for entry in entries
+    ]
 
 
 def compare(answers: list[Answer], plain: list[Answer]) -> dict[str, Any]:

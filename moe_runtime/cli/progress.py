@@ -6,6 +6,7 @@ Knows streamers and counters; does not know commands.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,17 +25,19 @@ _REFRESH_SECONDS = 0.25
 
 
 class LiveRun(BaseStreamer):
-    """A streamer for `generate` that shows tokens, hit rate and bytes of a run of prompts.
+    """A streamer for `generate` that shows tokens, hit rate and bytes of several prompts.
 
-    Use as a context manager; call `start(name)` before each `generate`.
+    Use as a context manager; call `start(group)` before each `generate`.
+
+    Args:
+        limits: the most tokens that each group of prompts will bring, by the group's name.
     """
 
-    def __init__(self, model: Any, names: list[str], new_tokens: int, console: Console) -> None:
+    def __init__(self, model: Any, limits: Mapping[str, int], console: Console) -> None:
         self._model = model
-        self._names = names
-        self._limit = new_tokens
-        self._tokens = [0] * len(names)
-        self._at = -1
+        self._limits = dict(limits)
+        self._tokens = dict.fromkeys(limits, 0)
+        self._group = ""
         self._prompt_pending = False
         self._counters: Counters | None = None
         self._drawn = 0.0
@@ -47,9 +50,9 @@ class LiveRun(BaseStreamer):
     def __exit__(self, *error: object) -> None:
         self._live.stop()
 
-    def start(self) -> None:
-        """The next prompt begins."""
-        self._at += 1
+    def start(self, group: str) -> None:
+        """The next prompt, one of `group`, begins."""
+        self._group = group
         self._prompt_pending = True
 
     def put(self, value: torch.Tensor) -> None:
@@ -57,7 +60,7 @@ class LiveRun(BaseStreamer):
         if self._prompt_pending:
             self._prompt_pending = False
             return
-        self._tokens[self._at] += value.numel()
+        self._tokens[self._group] += value.numel()
         if time.monotonic() - self._drawn >= _REFRESH_SECONDS:
             self._draw()
 
@@ -72,15 +75,11 @@ class LiveRun(BaseStreamer):
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-        for at, name in enumerate(self._names):
-            done = self._tokens[at] / self._limit
-            bar = "━" * round(20 * done)
-            colour = "cyan" if at == self._at else "dim"
-            table.add_row(
-                name,
-                f"[{colour}]{bar:<20}[/]",
-                f"{self._tokens[at]}/{self._limit} tokens",
-            )
+        for group, limit in self._limits.items():
+            tokens = self._tokens[group]
+            bar = "━" * round(20 * tokens / limit)
+            colour = "cyan" if group == self._group else "dim"
+            table.add_row(group, f"[{colour}]{bar:<20}[/]", f"{tokens}/{limit} tokens")
         counters = self._counters
         if counters is not None:
             rate = (
