@@ -33,7 +33,8 @@ class BudgetPlan:
         total: bytes granted.
         slots: slots of each expert shape, in the order of `MoESpec.groups`.
         chunk: largest piece that a reader reads at once, in bytes.
-        staging: bytes of all bounce buffers.
+        threads: readers that the staging is for, at most those asked for.
+        staging: bytes of all their buffers.
         pools: bytes of all slots.
         explanation: one sentence for people.
     """
@@ -41,6 +42,7 @@ class BudgetPlan:
     total: int
     slots: tuple[int, ...]
     chunk: int
+    threads: int
     staging: int
     pools: int
     explanation: str
@@ -124,8 +126,14 @@ def least_budget(spec: MoESpec, *, threads: int, floor: int, disk: bool) -> int:
     total = pools
     largest = max(param.nbytes for params in spec.groups for param in params)
     for _ in range(4):
-        total = pools + threads * bounce_bytes(_chunk(total, threads, largest, floor))
+        chunk = _chunk(total, threads, largest, floor)
+        total = pools + _readers(total, threads, chunk) * bounce_bytes(chunk)
     return total
+
+
+def _readers(total: int, threads: int, chunk: int) -> int:
+    """Reader threads: fewer than asked for where their buffers would take much of the budget."""
+    return max(1, min(threads, total // 8 // bounce_bytes(chunk)))
 
 
 def _least_slots(spec: MoESpec) -> list[int]:
@@ -158,7 +166,8 @@ def plan_budget(
     """
     largest = max(param.nbytes for params in spec.groups for param in params)
     chunk = _chunk(total, threads, largest, floor)
-    staging = threads * bounce_bytes(chunk) if disk else 0
+    readers = _readers(total, threads, chunk)
+    staging = readers * bounce_bytes(chunk) if disk else 0
     least = _least_slots(spec)
     sizes = [slot_bytes(params) for params in spec.groups]
     whole = [0] * len(sizes)
@@ -187,6 +196,7 @@ def plan_budget(
         total=total,
         slots=tuple(slots),
         chunk=chunk,
+        threads=readers,
         staging=staging,
         pools=pools,
         explanation=text,

@@ -29,6 +29,9 @@ from moe_runtime.safetensors_index import CheckpointFiles, StoredTensor
 
 __all__ = ["ExpertMap", "Segment", "map_experts"]
 
+# Conversions that deal a list of experts out to several expert tensors, each run merged as by
+# MergeModulelist and Concatenate.
+_DEALING = ("ErnieFuseAndSplitTextVisionExperts",)
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -83,14 +86,13 @@ class ExpertMap:
     Args:
         paths: the shards.
         segments: `segments[position][expert]`, ordered by file and offset.
-        keys: all expert tensors by their checkpoint names.
-        keys_of: the names that belong to each layer position.
+        keys: the stored tensors that belong to each layer position, under the names that they have
+            in the model before they are merged (the checkpoint's, with transformers' renames).
     """
 
     paths: tuple[str, ...]
     segments: tuple[tuple[tuple[Segment, ...], ...], ...]
-    keys: Mapping[str, StoredTensor]
-    keys_of: tuple[tuple[str, ...], ...]
+    keys: tuple[Mapping[str, StoredTensor], ...]
 
     def stored_bytes(self, position: int, expert: int) -> int:
         """Bytes that one expert takes on disk."""
@@ -125,7 +127,7 @@ def map_experts(
         for position, layer in enumerate(spec.layers)
         for number, param in enumerate(layer.params)
     }
-    collected, converters, keys = _collect(model, files, set(model_keys), wanted, key_mapping)
+    collected, converters, names = _collect(model, files, set(model_keys), wanted, key_mapping)
     segments: list[list[list[Segment]]] = [
         [[] for _ in range(layer.num_experts)] for layer in spec.layers
     ]
@@ -146,14 +148,13 @@ def map_experts(
             tuple(tuple(sorted(s, key=lambda one: (one.file, one.offset))) for s in layer)
             for layer in segments
         ),
-        keys=keys,
-        keys_of=tuple(
-            tuple(
-                entry.name
+        keys=tuple(
+            {
+                names[entry.name]: entry
                 for param in layer.params
                 for entries in collected[f"{layer.path}.{param.name}"].values()
                 for entry in entries
-            )
+            }
             for layer in spec.layers
         ),
     )
@@ -168,11 +169,15 @@ def _collect(
 ) -> tuple[
     dict[str, dict[str, list[StoredTensor]]],
     dict[str, WeightConverter],
-    dict[str, StoredTensor],
+    dict[str, str],
 ]:
     """Group the checkpoint's expert tensors by the model tensor that they go into.
 
     Follows the order and the rules of transformers' own loader, so that lists merge alike.
+
+    Returns:
+        The tensors of each model tensor by source pattern, its converter if it has one, and the
+        name of each stored tensor after renaming.
     """
     mapping = get_model_conversion_mapping(model, key_mapping)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -182,18 +187,45 @@ def _collect(
     prefix = model.base_model_prefix
     collected: dict[str, dict[str, list[StoredTensor]]] = defaultdict(lambda: defaultdict(list))
     used: dict[str, WeightConverter] = {}
-    keys: dict[str, StoredTensor] = {}
+    renamed: dict[str, str] = {}
     for key in sorted(files.tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, present)
+        active = renamings
+        name, pattern = rename_source_key(key, active, converters, prefix, present)
         if name not in present and key in present:
+            active = []
             name, pattern = rename_source_key(key, [], [], prefix, present)
         if name not in wanted:
             continue
         collected[name][pattern or key].append(files.tensors[key])
-        keys[key] = files.tensors[key]
+        renamed[key] = rename_source_key(key, active, [])[0]
         if pattern is not None:
             used[name] = by_pattern[pattern]
-    return collected, used, keys
+    for name, converter in list(used.items()):
+        _deal_out(name, converter, collected, used)
+    return collected, used, renamed
+
+
+def _deal_out(
+    name: str,
+    converter: WeightConverter,
+    collected: dict[str, dict[str, list[StoredTensor]]],
+    used: dict[str, WeightConverter],
+) -> None:
+    """Share the lists of a converter with several targets among them, in equal runs.
+
+    transformers names such a converter's first target for all; its operation fuses the experts of
+    a layer's towers, one run of the list for each.
+    """
+    targets = converter.target_patterns
+    if len(targets) < 2 or type(converter.operations[0]).__name__ not in _DEALING:
+        return
+    whole = collected.pop(name)
+    for place, target in enumerate(targets):
+        other = name.replace(targets[0], target)
+        for pattern, entries in whole.items():
+            run = -(-len(entries) // len(targets))
+            collected[other][pattern] = entries[place * run : (place + 1) * run]
+        used[other] = converter
 
 
 def _files_text(files: CheckpointFiles) -> str:
@@ -244,6 +276,10 @@ class _Recipe:
             kind = type(operation).__name__
             if kind == "MergeModulelist" and operation.dim == 0 and stacks is None:
                 stacks = [self._merge(entries) for entries in parts]
+                continue
+            if kind in _DEALING:
+                merged = [self._merge(entries) for entries in parts]
+                stacks = [[self._concatenate(pieces) for pieces in zip(*merged, strict=True)]]
                 continue
             stacks = stacks if stacks is not None else [self._split(entries) for entries in parts]
             if kind == "Concatenate" and operation.dim == 1:

@@ -27,7 +27,7 @@ from moe_runtime.cache import ExpertCache
 from moe_runtime.device import Device
 from moe_runtime.eager import EagerExperts
 from moe_runtime.errors import AttachError, UnsupportedModelError
-from moe_runtime.kernels import ExpertForm, decode_experts, expert_mlp, grouped_experts
+from moe_runtime.kernels import ExpertForm, decode_bags, decode_loop, expert_mlp, grouped_experts
 from moe_runtime.model_spec import MoELayer
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
@@ -112,6 +112,7 @@ class Executor:
         profiler: Profiler,
         *,
         exact: bool,
+        by_rows: bool = False,
     ) -> None:
         self.cache = cache
         self.fetcher = fetcher
@@ -119,6 +120,8 @@ class Executor:
         self.exact = exact
         self.listeners: list[RoutingListener] = []
         self._pools = pools
+        # Where weights lie `[in, out]`, one token's experts are summed from tables of rows.
+        self._tables = [pool.tables() if by_rows else None for pool in pools]
         self._device = device
         self._lock = threading.RLock()
         self._steps = threading.local()
@@ -226,7 +229,7 @@ class Executor:
         outputs: torch.Tensor | None = None
         for ready in self._in_ready_order(access):
             experts = chosen if len(ready) == len(chosen) else ready
-            rows = decode_experts(hidden, self._held(handle, experts), handle.form)
+            rows = self._token_rows(handle, hidden, experts)
             if len(experts) == len(chosen):
                 outputs = rows
                 continue
@@ -235,6 +238,17 @@ class Executor:
             outputs[[chosen.index(expert) for expert in experts]] = rows
         assert outputs is not None, "a token has at least one expert"
         return outputs
+
+    def _token_rows(
+        self, handle: LayerHandle, hidden: torch.Tensor, experts: list[int]
+    ) -> torch.Tensor:
+        """Outputs `[n, D']` of some experts on one token; a row's bits are its expert's alone."""
+        group = self.cache.group(handle.position)
+        tables = self._tables[group]
+        if tables is None:
+            return decode_loop(hidden, self._held(handle, experts), handle.form)
+        slots = self.cache.slots_of(handle.position, experts)
+        return decode_bags(hidden, slots, tables, self._pools[group].stacked, handle.form)
 
     def _many(
         self, handle: LayerHandle, hidden: torch.Tensor, choices: int, routing: LayerRouting
@@ -353,7 +367,7 @@ class Executor:
         after = self._device.fence()
         pool = self._pools[self.cache.group(position)]
         for expert in experts:
-            target = pool.tensors(self.cache.slot(position, expert))
+            target = pool.targets(self.cache.slot(position, expert))
             self.fetcher.submit(position, expert, target, after=after)
 
     def _take(self, step: _LayerStep) -> int:
@@ -400,7 +414,7 @@ class Executor:
         with self._lock:
             pool = self._pools[self.cache.group(position)]
             if self.cache.is_resident(position, expert):
-                held = pool.tensors(self.cache.slot(position, expert))
+                held = pool.targets(self.cache.slot(position, expert))
                 return tuple(tensor.to("cpu", copy=True) for tensor in held)
             return self.fetcher.read_now(position, expert, pool.params)
 

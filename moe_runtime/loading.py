@@ -129,8 +129,10 @@ def _lean_class(cls: type[PreTrainedModel], structure: Structure) -> type[PreTra
             for name in expert_parameter_names(module):
                 module._parameters[name] = None
                 ignored.append(_key_pattern(self, path, name))
-            # There is nothing of it to initialise, and its class would try.
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            # There is nothing of it to initialise, and its class, or that of the block around it,
+            # would try.
+            for owner in (module, self.get_submodule(path.rpartition(".")[0])):
+                owner._is_hf_initialized = True
         structure.ignored = set(self._keys_to_ignore_on_load_unexpected or ())
         self._keys_to_ignore_on_load_unexpected = structure.ignored | set(ignored)
 

@@ -18,7 +18,7 @@ import torch
 
 from moe_runtime.device import Device
 from moe_runtime.model_spec import ExpertParam
-from moe_runtime.store import Bounce, HostTier, Piece, Store, Tensors, bounce_bytes
+from moe_runtime.store import Bounce, HostTier, Piece, Store, Tensors
 
 __all__ = ["Fetch", "Fetcher"]
 
@@ -70,6 +70,7 @@ class Fetcher:
         self._work: deque[tuple[Fetch, Piece] | None] = deque()
         self._wake = threading.Condition()
         self._busy = 0
+        self._ready = threading.Semaphore(0)
         self._finished: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
         self._in_flight: dict[tuple[int, int], Fetch] = {}
 
@@ -136,7 +137,7 @@ class Fetcher:
         if held is not None:
             return tuple(tensor.clone() for tensor in held)
         target = tuple(torch.empty(param.shape, dtype=param.dtype) for param in params)
-        bounce = Bounce(bounce_bytes(self._chunk))
+        bounce = Bounce(self._chunk)
         for piece in self._store.pieces(position, expert):
             self._store.read(position, expert, piece, target, bounce)
         return target
@@ -170,14 +171,25 @@ class Fetcher:
         self._store.close()
 
     def _start_threads(self) -> None:
+        if len(self._threads) == self._wanted:
+            return
+        threads = torch.get_num_threads()
         while len(self._threads) < self._wanted:
             # Daemons: a program that ends without closing the model must not hang.
             thread = threading.Thread(target=self._read_forever, name="expert-reader", daemon=True)
             thread.start()
             self._threads.append(thread)
+            self._ready.acquire()
+        torch.set_num_threads(threads)
 
     def _read_forever(self) -> None:
-        bounce = Bounce(bounce_bytes(self._chunk))
+        # PyTorch's thread count is one for each thread: a reader's copies must not start compute
+        # threads of their own. Asking first makes the count this thread's; `_start_threads` puts
+        # back what new threads begin with.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._ready.release()
+        bounce = Bounce(self._chunk)
         while True:
             with self._wake:
                 while not self._work:

@@ -26,6 +26,7 @@ from moe_runtime.errors import AttachError, BudgetError, UnsupportedModelError
 from moe_runtime.eviction import make_policy
 from moe_runtime.executor import Executor, LayerHandle, expert_form
 from moe_runtime.interface import HANDLE, IMPLEMENTATION
+from moe_runtime.kernels import ExpertForm, bags_are_fast
 from moe_runtime.loading import (
     build_structure,
     load_without_experts,
@@ -91,6 +92,7 @@ class Runtime:
         self.executor: Executor
         self.profiler = Profiler(layers=len(spec.layers), grid_size=spec.grid.size)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._forms: list[ExpertForm] = []
         self._previous: dict[str, Any] = {}
         self._finalizers: list[weakref.finalize[Any, Any]] = []
         self._store: Store
@@ -123,6 +125,9 @@ class Runtime:
             threads=threads,
         )
         grid = self.spec.grid
+        self._read_forms()
+        by_rows = views is None and self._by_rows()
+        flips = [by_rows and not transposed for transposed in self._stored_transposed()]
         if views is None:
             self.budget = plan_budget(
                 self.spec, total, text, threads=threads, floor=floor, disk=disk
@@ -130,8 +135,8 @@ class Runtime:
             counts: tuple[int, ...] = self.budget.slots
             groups = [self.spec.group_of(p) for p in range(len(self.spec.layers))]
             pools = [
-                SlotPool(params, count, self.device.allocate)
-                for params, count in zip(self.spec.groups, counts, strict=True)
+                SlotPool(params, count, self.device.allocate, flipped=flip)
+                for params, count, flip in zip(self.spec.groups, counts, flips, strict=True)
             ]
         else:
             counts = grid.experts
@@ -144,6 +149,7 @@ class Runtime:
                 total=0,
                 slots=tuple(counts),
                 chunk=floor,
+                threads=1,
                 staging=0,
                 pools=0,
                 explanation="the model's own Parameters serve as slots; no memory is freed",
@@ -153,7 +159,7 @@ class Runtime:
         self._fetcher = Fetcher(
             store,
             self.device,
-            threads=threads,
+            threads=self.budget.threads,
             chunk=self.budget.chunk,
             host=self._host_tier() if disk and not self.device.is_cpu else None,
         )
@@ -164,10 +170,36 @@ class Runtime:
             self.device,
             self.profiler,
             exact=self.config.exact,
+            by_rows=by_rows,
         )
+        if by_rows:
+            self._forms = [replace(form, transposed=True) for form in self._forms]
         if views is not None:
             self.cache.adopt_all()
         weakref.finalize(model, self._fetcher.close)
+
+    def _read_forms(self) -> None:
+        model = self.model
+        self._forms = [
+            expert_form(model.get_submodule(layer.path), layer) for layer in self.spec.layers
+        ]
+
+    def _by_rows(self) -> bool:
+        """Whether weights are to lie `[in, out]`: fastest for one token on a CPU, not exact."""
+        dtypes = {param.dtype for params in self.spec.groups for param in params}
+        return (
+            self.device.is_cpu
+            and not self.config.exact
+            and all(bags_are_fast(dtype) for dtype in dtypes)
+        )
+
+    def _stored_transposed(self) -> list[bool]:
+        """For each expert shape whether the model itself has its weights `[in, out]`."""
+        found: dict[int, bool] = {}
+        for position, form in enumerate(self._forms):
+            if found.setdefault(self.spec.group_of(position), form.transposed) != form.transposed:
+                raise UnsupportedModelError("experts of one shape in two layouts")
+        return [found[group] for group in range(len(self.spec.groups))]
 
     def _policy_options(self) -> dict[str, Any]:
         return {}
@@ -192,7 +224,6 @@ class Runtime:
         model = self.model
         modules = dict(model.named_modules())
         owned = [(at, layer, modules[layer.path]) for at, layer in enumerate(self.spec.layers)]
-        forms = [expert_form(module, layer) for _, layer, module in owned]
         interface.register()
         configs = {id(module.config): module.config for _, _, module in owned}
         for config in configs.values():
@@ -207,7 +238,7 @@ class Runtime:
                 interface.previous_implementation(inner) or self._previous[key] or "eager"
             )
         model.set_experts_implementation(IMPLEMENTATION)
-        for (position, layer, module), form in zip(owned, forms, strict=True):
+        for (position, layer, module), form in zip(owned, self._forms, strict=True):
             if module.config._experts_implementation != IMPLEMENTATION:
                 # A composite model that transformers does not switch as a whole.
                 module.config._experts_implementation = IMPLEMENTATION

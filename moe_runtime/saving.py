@@ -1,7 +1,8 @@
 """Experts in `state_dict` and `save_pretrained`: mapped from the checkpoint, never loaded.
 
-A whole model's state dict names them as the checkpoint does, each a view of the mapped file, so
-that saving streams them; transformers' loader takes these names back. Knows no cache.
+A whole model's state dict names them as the checkpoint does (renamed, but not merged, by
+transformers' conversion), each a view of the mapped file: saving streams them, under the very names
+that they had. Knows no cache.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class ExpertStateDict:
         for param in layer.params:
             state.pop(f"{prefix}{param.name}", None)
         if prefix == f"{layer.path}.":
-            for name in self._experts.keys_of[position]:
-                state[name] = self._view(self._experts.keys[name])
+            for name, entry in self._experts.keys[position].items():
+                state[name] = self._view(entry)
             return
         each = [
             self._source.expert_tensors(position, expert) for expert in range(layer.num_experts)

@@ -1,10 +1,11 @@
 """`SlotPool`: the fast tier's memory, cut into equal slots for experts of one shape.
 
-Knows shapes and alignment only; which expert lies where is `cache`'s business.
+Knows shapes, layout and alignment only; which expert lies where is `cache`'s business.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,21 +19,31 @@ __all__ = ["SlotPool", "slot_bytes"]
 _ALIGNMENT = 64
 
 
-def _stride(param: ExpertParam) -> int:
-    """Bytes from one slot's tensor to the next slot's."""
-    return -(-param.nbytes // _ALIGNMENT) * _ALIGNMENT
+def _stored_shape(param: ExpertParam, flipped: bool) -> tuple[int, ...]:
+    return param.shape[::-1] if flipped else param.shape
 
 
-def slot_bytes(params: Sequence[ExpertParam]) -> int:
+def _stride(param: ExpertParam, flipped: bool) -> int:
+    """Bytes from one slot's tensor to the next slot's: aligned, and a whole number of rows."""
+    row = _stored_shape(param, flipped)[-1] * param.dtype.itemsize
+    unit = math.lcm(_ALIGNMENT, row) if len(param.shape) > 1 else _ALIGNMENT
+    return -(-param.nbytes // unit) * unit
+
+
+def slot_bytes(params: Sequence[ExpertParam], *, flipped: bool = False) -> int:
     """Bytes that one slot takes, alignment included."""
-    return sum(_stride(param) for param in params)
+    return sum(_stride(param, flipped) for param in params)
 
 
 class SlotPool:
     """`count` slots; each holds one expert's tensors.
 
+    Args:
+        flipped: weights lie transposed in the slots: `[in, out]` where the model has `[out, in]`,
+            and the other way round.
+
     Attributes:
-        stacked: for each tensor of an expert, all slots as one `[count, *shape]` view.
+        stacked: for each tensor of an expert, all slots as one `[count, *shape as stored]` view.
     """
 
     def __init__(
@@ -40,23 +51,28 @@ class SlotPool:
         params: Sequence[ExpertParam],
         count: int,
         allocate: Callable[[int], torch.Tensor],
+        *,
+        flipped: bool = False,
     ) -> None:
         self.params = tuple(params)
         self.count = count
+        self.flipped = flipped
         self.stacked = tuple(self._stack(param, allocate) for param in params)
-        self._slots = tuple(
-            tuple(stacked[slot] for stacked in self.stacked) for slot in range(count)
-        )
+        self._slots = self._views()
 
     def _stack(self, param: ExpertParam, allocate: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        stride = _stride(param)
+        stride = _stride(param, self.flipped)
         flat = allocate(stride * self.count)[: stride * self.count].view(param.dtype)
+        shape = _stored_shape(param, self.flipped)
         inner: list[int] = []
         step = 1
-        for size in reversed(param.shape):
+        for size in reversed(shape):
             inner.insert(0, step)
             step *= size
-        return flat.as_strided((self.count, *param.shape), (stride // param.dtype.itemsize, *inner))
+        return flat.as_strided((self.count, *shape), (stride // param.dtype.itemsize, *inner))
+
+    def _views(self) -> tuple[tuple[torch.Tensor, ...], ...]:
+        return tuple(tuple(stack[slot] for stack in self.stacked) for slot in range(self.count))
 
     @classmethod
     def over(cls, params: Sequence[ExpertParam], stacked: Sequence[torch.Tensor]) -> SlotPool:
@@ -64,10 +80,26 @@ class SlotPool:
         pool = cls.__new__(cls)
         pool.params = tuple(params)
         pool.count = int(stacked[0].shape[0])
+        pool.flipped = False
         pool.stacked = tuple(stacked)
-        pool._slots = tuple(tuple(t[slot] for t in stacked) for slot in range(pool.count))
+        pool._slots = pool._views()
         return pool
 
     def tensors(self, slot: int) -> tuple[torch.Tensor, ...]:
-        """The tensors of one slot, in the order of the layer's params."""
+        """The tensors of one slot as they lie, in the order of the layer's params."""
         return self._slots[slot]
+
+    def targets(self, slot: int) -> tuple[torch.Tensor, ...]:
+        """The same memory in the model's own shapes, to be filled or copied from."""
+        held = self._slots[slot]
+        return tuple(t.mT if self.flipped and t.dim() == 2 else t for t in held)
+
+    def tables(self) -> tuple[tuple[torch.Tensor, int], ...]:
+        """Each weight of all slots as one table of rows, and the rows from slot to slot."""
+        result = []
+        for stack in self.stacked:
+            width = stack.shape[-1]
+            rows = stack.stride(0) // width
+            flat = stack.as_strided((rows * self.count, width), (width, 1))
+            result.append((flat, rows))
+        return tuple(result)

@@ -55,18 +55,29 @@ def read_range(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def bounce_bytes(chunk: int) -> int:
-    """Memory of one bounce buffer for pieces of up to `chunk` bytes."""
-    return -(-chunk // _BLOCK) * _BLOCK + 2 * _BLOCK
+    """Memory that one reader needs for pieces of up to `chunk` bytes."""
+    return 2 * _round_up(chunk) + 2 * _BLOCK
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // _BLOCK) * _BLOCK
 
 
 class Bounce:
-    """One reader's aligned buffer; owned by one thread at a time."""
+    """One reader's buffers for pieces of up to `chunk` bytes; owned by one thread at a time.
 
-    def __init__(self, nbytes: int) -> None:
-        self.region = mmap.mmap(-1, nbytes)
-        self.view = memoryview(self.region)
-        self.tensor = torch.frombuffer(self.region, dtype=torch.uint8)
+    Attributes:
+        view, tensor, address: where an aligned read lands, `limit` bytes and a block on each side.
+        scratch: uint8 `[limit]`, for a piece that is transposed on its way.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self.limit = _round_up(chunk)
+        whole = mmap.mmap(-1, bounce_bytes(chunk))
+        self.view = memoryview(whole)[: self.limit + 2 * _BLOCK]
+        self.tensor = torch.frombuffer(self.view, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
+        self.scratch = torch.frombuffer(whole, dtype=torch.uint8)[self.limit + 2 * _BLOCK :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +178,7 @@ class DiskStore:
         into = segment.target(destination)
         begin = 0
         total = 0
-        limit = len(bounce.view) - 2 * _BLOCK
+        limit = bounce.limit
         # A single row may be larger than the buffer: then it goes in parts, in plain form only.
         while begin < nbytes:
             size = min(limit, nbytes - begin)
@@ -191,11 +202,17 @@ class DiskStore:
         stored = bounce.tensor[:size].view(segment.dtype)
         if segment.interleaved:
             first, rows = piece.first // 2, piece.rows // 2
-            shaped = stored.view(rows, 2, *segment.shape[1:])
-            into[first : first + rows].copy_(shaped)
+            into[first : first + rows].copy_(stored.view(rows, 2, *segment.shape[1:]))
+            return
+        stored = stored.view(piece.rows, *segment.shape[1:])
+        target = into[piece.first : piece.first + piece.rows]
+        if target.dim() == 2 and target.stride(0) == 1 != target.stride(1):
+            # Transposing is fast between contiguous blocks only.
+            turned = bounce.scratch[:size].view(segment.dtype).view(stored.shape[::-1])
+            turned.copy_(stored.t())
+            target.t().copy_(turned)
         else:
-            shaped = stored.view(piece.rows, *segment.shape[1:])
-            into[piece.first : piece.first + piece.rows].copy_(shaped)
+            target.copy_(stored)
 
     def _fill(
         self, position: int, expert: int, segment: Segment, offset: int, size: int, bounce: Bounce

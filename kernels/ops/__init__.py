@@ -3,8 +3,15 @@
 Imports nothing of this project.
 """
 
-from moe_runtime.kernels.cpu import decode_experts
+from moe_runtime.kernels.cpu import bags_are_fast, decode_bags, decode_loop
 from moe_runtime.kernels.grouped import grouped_experts
 from moe_runtime.kernels.reference import ExpertForm, expert_mlp
 
-__all__ = ["ExpertForm", "decode_experts", "expert_mlp", "grouped_experts"]
+__all__ = [
+    "ExpertForm",
+    "bags_are_fast",
+    "decode_bags",
+    "decode_loop",
+    "expert_mlp",
+    "grouped_experts",
+]

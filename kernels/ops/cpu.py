@@ -1,7 +1,13 @@
 """Batch-1 decode on the CPU: several experts on one token, bound by the weights' bandwidth.
 
-Each weight is read once and nothing is gathered; what is between the two products is done for all
-experts at once. Knows no slots and no routing.
+A product of one row and a matrix is a weighted sum of the matrix's rows, which is what
+`embedding_bag` computes: over a table of rows, by row numbers, with a weight for each. With the
+weights stored `[in, out]` and the whole pool as the table, *one* call reads exactly the rows of all
+active experts, gathers nothing and pays no start-up for each expert. One bag is one expert and is
+summed by one thread in float32, so an expert's bits do not depend on the others.
+
+Measured (README): at the bandwidth of one large product; a loop of small products is at 1.4 times.
+Knows no routing.
 """
 
 from __future__ import annotations
@@ -9,36 +15,66 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from moe_runtime.kernels.reference import ExpertForm, project
+from moe_runtime.kernels.reference import ExpertForm, expert_mlp
+from torch.nn import functional
 
-__all__ = ["decode_experts"]
+__all__ = ["Table", "bags_are_fast", "decode_bags", "decode_loop"]
+
+Table = tuple[torch.Tensor, int]
 
 
-def decode_experts(
-    hidden: torch.Tensor, experts: Sequence[tuple[torch.Tensor, ...]], form: ExpertForm
+def bags_are_fast(dtype: torch.dtype) -> bool:
+    """Whether this machine's `embedding_bag` has a vectorised kernel for the dtype."""
+    vector = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return vector and dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def decode_bags(
+    hidden: torch.Tensor,
+    slots: Sequence[int],
+    tables: Sequence[Table],
+    stacked: Sequence[torch.Tensor],
+    form: ExpertForm,
 ) -> torch.Tensor:
-    """Some experts on one token.
+    """Some experts on one token, weights stored `[in, out]`.
 
     Args:
         hidden: `[1, D]`.
-        experts: tensors of each of the `n` experts.
+        slots: slots of the `n` experts.
+        tables: for each tensor of an expert, all slots as `[rows, out]` and the rows of a slot.
+        stacked: for each tensor of an expert, `[slots, ...]`.
 
     Returns:
-        `[n, D']`, before routing weights. Row `i` has the same bits whatever the other experts.
+        `[n, D']`, before routing weights.
     """
-    inner = form.activation(
-        torch.cat(
-            [project(hidden, e[form.up], _bias(e, form.up_bias), form.transposed) for e in experts]
-        )
-    )
-    out = torch.cat(
-        [
-            project(row, e[form.down], _bias(e, form.down_bias), form.transposed)
-            for e, row in zip(experts, inner.split(1), strict=True)
-        ]
-    )
+    places = torch.tensor(slots)
+    inner = _bags(tables[form.up], places, hidden.expand(len(slots), -1))
+    if form.up_bias is not None:
+        inner = inner + stacked[form.up_bias][places]
+    inner = form.activation(inner)
+    out = _bags(tables[form.down], places, inner)
+    if form.down_bias is not None:
+        out = out + stacked[form.down_bias][places]
     return out if form.finish is None else form.finish(out)
 
 
-def _bias(tensors: tuple[torch.Tensor, ...], place: int | None) -> torch.Tensor | None:
-    return None if place is None else tensors[place]
+def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """`inputs [n, in]`, each row times the matrix in its slot: `[n, out]`."""
+    rows, per_slot = table
+    count, width = inputs.shape
+    first = places * per_slot
+    numbers = (first.unsqueeze(1) + torch.arange(width)).view(-1)
+    return functional.embedding_bag(
+        numbers,
+        rows,
+        torch.arange(0, count * width, width),
+        mode="sum",
+        per_sample_weights=inputs.reshape(-1),
+    )
+
+
+def decode_loop(
+    hidden: torch.Tensor, experts: Sequence[tuple[torch.Tensor, ...]], form: ExpertForm
+) -> torch.Tensor:
+    """Some experts on one token, in any layout: `hidden [1, D]`, `[n, D']`."""
+    return torch.cat([expert_mlp(hidden, tensors, form) for tensors in experts])
