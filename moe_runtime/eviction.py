@@ -13,11 +13,13 @@ import numpy as np
 from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid, FloatArray, IntArray
 from moe_runtime.errors import ConfigError
+from moe_runtime.eviction_learned import Echo
 
 __all__ = [
     "POLICY_NAMES",
     "Belady",
     "DecayedCount",
+    "Echo",
     "EvictionPolicy",
     "LeastRecentlyUsed",
     "StaticCounts",
@@ -194,7 +196,7 @@ class Belady:
 
 
 _FACTORIES: dict[str, Callable[..., EvictionPolicy]] = {
-    policy.name: policy for policy in (LeastRecentlyUsed, DecayedCount, StaticCounts, Belady)
+    policy.name: policy for policy in (LeastRecentlyUsed, DecayedCount, StaticCounts, Echo, Belady)
 }
 POLICY_NAMES: tuple[str, ...] = tuple(_FACTORIES)
 

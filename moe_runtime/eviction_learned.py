@@ -36,9 +36,8 @@ class EchoConstants:
         recent_fade: kept part of that per step.
         trust: weight of the echo against the counts, in logarithms, 0 to 1.
         order: how much less an expert is worth for each pass until its layer comes again.
-        again: the distances ahead, in layer steps, of the layers that are valued again after
-            each step, beside the layer just passed; distances of the whole pass or more are left
-            out.
+        again: how many other layers, evenly spread over the pass, are valued again after each
+            step, beside the layer just passed.
         history: passes remembered at most.
     """
 
@@ -55,7 +54,7 @@ class EchoConstants:
     recent_fade: float = 0.7
     trust: float = 0.5
     order: float = 0.9
-    again: tuple[int, ...] = (4, 12, 20)
+    again: int = 3
     history: int = 192
 
     def __post_init__(self) -> None:
@@ -64,10 +63,10 @@ class EchoConstants:
                 raise ConfigError(f"echo: {name} has to lie in 0..1, found {getattr(self, name)}")
         if min(self.sharpness, self.prior, self.order, self.recent) < 0:
             raise ConfigError("echo: sharpness, prior, order and recent cannot be negative")
-        if self.horizon < 0 or self.history < 8 or any(d < 1 for d in self.again):
+        if self.horizon < 0 or self.history < 8 or self.again < 0:
             raise ConfigError(
-                "echo: needs horizon 0 or more, history 8 or more, distances 1 or more; "
-                f"found {self.horizon}, {self.history}, {self.again}"
+                "echo: needs horizon 0 or more, history 8 or more, again 0 or more; found "
+                f"{self.horizon}, {self.history}, {self.again}"
             )
 
 
@@ -98,7 +97,8 @@ class Echo:
         self._constants = constants = constants or EchoConstants()
         self._bounds = [(at, at + n) for at, n in zip(grid.offsets, grid.experts, strict=True)]
         self._layers = len(grid.layers)
-        self._again = tuple(d for d in constants.again if d < self._layers)
+        spread = (i * self._layers // (constants.again + 1) for i in range(1, constants.again + 1))
+        self._again = tuple(sorted({distance for distance in spread if distance > 0}))
         # What each pass used, experts by rows: a layer is a block of rows, a pass is a column.
         self._used: NDArray[np.float32] = np.zeros((grid.size, constants.history), np.float32)
         self._alike = np.zeros(constants.history)
