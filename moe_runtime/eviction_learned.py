@@ -58,7 +58,8 @@ class EchoConstants:
     history: int = 192
 
     def __post_init__(self) -> None:
-        for name in ("fade", "carry", "discount", "fast", "slow", "fast_share", "trust", "recent_fade"):
+        parts = ("fade", "carry", "discount", "fast", "slow", "fast_share", "recent_fade", "trust")
+        for name in parts:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"echo: {name} has to lie in 0..1, found {getattr(self, name)}")
         if min(self.sharpness, self.prior, self.order, self.recent) < 0:
@@ -170,10 +171,11 @@ class Echo:
         """Both decayed counts of one layer, and the logarithm of their mixture."""
         constants = self._constants
         fast, slow = self._fast[start:stop], self._slow[start:stop]
-        for counts, decay in ((fast, constants.fast), (slow, constants.slow)):
-            kept = decay**busiest
-            counts *= kept
-            counts[experts] += (1.0 - kept) * share
+        kept_fast, kept_slow = constants.fast**busiest, constants.slow**busiest
+        fast *= kept_fast
+        fast[experts] += (1.0 - kept_fast) * share
+        slow *= kept_slow
+        slow[experts] += (1.0 - kept_slow) * share
         recent = self._recent[start:stop]
         recent *= constants.recent_fade
         recent[experts] = share

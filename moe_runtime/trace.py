@@ -143,7 +143,8 @@ class RoutingTrace:
             chosen = np.zeros(len(self), dtype=bool)
             chosen[rows] = True
             keep &= chosen
-        return replace(self, **{name: column[keep] for name, column in self.columns().items()})
+        kept: dict[str, Any] = {name: column[keep] for name, column in self.columns().items()}
+        return replace(self, **kept)
 
     def __getitem__(self, rows: slice) -> RoutingTrace:
         """`trace[10:20]`: these rows."""
@@ -163,8 +164,9 @@ class RoutingTrace:
 
     def iter_accesses(self) -> Iterator[Access]:
         """`accesses()` one at a time. A layer in which a call chose nothing is left out."""
-        starts = np.flatnonzero(np.diff(self.step_ids, prepend=-1)) if len(self) else []
-        for start, stop in zip(starts, [*starts[1:], len(self)], strict=True):
+        starts: list[int] = np.flatnonzero(np.diff(self.step_ids, prepend=-1)).tolist()
+        stops = [*starts[1:], len(self)] if starts else []
+        for start, stop in zip(starts, stops, strict=True):
             for position in range(len(self.layer_ids)):
                 chosen = self.topk_ids[start:stop, position]
                 experts, tokens = np.unique(chosen[chosen != UNUSED], return_counts=True)
@@ -174,6 +176,27 @@ class RoutingTrace:
                         experts=experts.astype(np.int64),
                         tokens=tokens.astype(np.int64),
                     )
+
+    def with_first_step(self, step: int) -> RoutingTrace:
+        """The same rows with step ids that start at `step`."""
+        if not len(self):
+            return self
+        moved = self.step_ids.astype(np.int64) - int(self.step_ids[0]) + step
+        if moved[-1] > np.iinfo(np.int32).max:
+            raise TraceError(f"step_ids reach {moved[-1]}, past int32; start another trace")
+        return replace(self, step_ids=moved.astype(np.int32))
+
+    def require_like(self, first: RoutingTrace, name: str) -> None:
+        """TraceError unless this trace, called `name`, is of the model and layers of `first`."""
+        mine, theirs = self.description(), first.description()
+        mine["experts a layer"] = self.topk_ids.shape[2]
+        theirs["experts a layer"] = first.topk_ids.shape[2]
+        for field, value in mine.items():
+            if value != theirs[field]:
+                raise TraceError(
+                    f"{name} has another {field} than the first: {value!r} instead of "
+                    f"{theirs[field]!r}; put together traces of one model only"
+                )
 
     @classmethod
     def concat(cls, traces: Sequence[RoutingTrace]) -> RoutingTrace:
@@ -187,21 +210,13 @@ class RoutingTrace:
         first, step = traces[0], 0
         steps = []
         for number, trace in enumerate(traces):
-            for name, value in trace.description().items():
-                if value != first.description()[name]:
-                    raise TraceError(
-                        f"trace {number} has another {name} than trace 0: {value!r} instead of "
-                        f"{first.description()[name]!r}; concatenate traces of one model only"
-                    )
-            if trace.topk_ids.shape[2] != first.topk_ids.shape[2]:
-                raise TraceError(
-                    f"trace {number} has room for {trace.topk_ids.shape[2]} experts a layer, "
-                    f"trace 0 for {first.topk_ids.shape[2]}; concatenate traces of one model only"
-                )
+            trace.require_like(first, f"trace {number}")
             if len(trace):
-                steps.append(trace.step_ids - trace.step_ids[0] + step)
+                steps.append(trace.with_first_step(step).step_ids)
                 step = int(steps[-1][-1]) + 1
-        joined = {name: np.concatenate([getattr(t, name) for t in traces]) for name in _COLUMNS}
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(t, name) for t in traces]) for name in _COLUMNS
+        }
         joined["step_ids"] = np.concatenate(steps).astype(np.int32) if steps else joined["step_ids"]
         return replace(first, **joined)
 
@@ -249,13 +264,14 @@ class RoutingTrace:
                 f"{path}: {PART.format(missing[0])} is missing among {len(parts)} parts; "
                 "restore it, or move the parts before it to a folder of their own"
             )
-        # Steps are already numbered through: parts of one recording must not be renumbered, since
-        # a forward call can end one part and start the next.
+        # The parts of one recording number their steps through, so they keep their numbers.
         loaded = [_load_file(part) for part in parts]
         joined = cls.concat(loaded)
         steps = np.concatenate([part.step_ids for part in loaded])
         if np.any(np.diff(steps) < 0):
-            raise TraceError(f"{path}: step_ids decrease from part to part; parts of two recordings?")
+            raise TraceError(
+                f"{path}: step_ids decrease from part to part; separate the parts of two recordings"
+            )
         return replace(joined, step_ids=steps)
 
 
@@ -269,7 +285,9 @@ def _check_columns(trace: RoutingTrace) -> None:
             raise TraceError(f"{name} must be an array of {dtype.__name__}, found {found}")
         if column.ndim != dimensions or len(column) != rows:
             shape = "[N, L, K]" if dimensions == 3 else "[N]"
-            raise TraceError(f"{name} must have shape {shape} with N = {rows}, found {column.shape}")
+            raise TraceError(
+                f"{name} must have shape {shape} with N = {rows}, found {column.shape}"
+            )
     if trace.topk_weights.shape != trace.topk_ids.shape:
         raise TraceError(
             f"topk_weights must have the shape of topk_ids {trace.topk_ids.shape}, "

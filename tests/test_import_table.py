@@ -44,16 +44,18 @@ safetensors_index |                                        | torch transformers 
 checkpoint        | model_spec safetensors_index           | torch transformers numpy
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
+trace_writer      | trace                                  | numpy
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
 budget            | memory model_spec slots store          | torch transformers
-eviction          | access                                 | numpy
-eviction_learned  | access eviction                        | numpy
+eviction_learned  |                                        | numpy
+eviction          | access eviction_learned                | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
 predictors.*      | trace predictors.*                     | torch numpy safetensors
 cache             | access store eviction                  | torch numpy
 prefetch          | model_spec cache device store predictors.base | torch numpy
+layout            | kernels.* model_spec checkpoint        |
 steps             |                                        | torch
 routing           | access                                 | torch numpy
 eager             |                                        | torch
@@ -74,7 +76,7 @@ placement.*       | trace placement.*                      | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 __init__          | ABOVE                                  |
-cli.*             | version __init__ runtime config budget report.* placement.* predictors.* cli.* \
+cli.*             | version __init__ runtime config budget layout report.* placement.* predictors.* cli.* \
                   | typer rich torch transformers
 __main__          | cli.*                                  |
 """
