@@ -70,7 +70,8 @@ def demo(
 ) -> None:
     """Run the bundled model inside a budget and compare it with plain transformers.
 
-    Every token is compared; report.html and run.json are written.
+    It runs in exact mode, which computes as transformers' eager experts do, bit for bit, so that
+    every token and logit can be compared. report.html and run.json are written.
 
     Example:  [bold]moe-runtime demo --budget 25% --out-dir out[/bold]
     """

@@ -73,18 +73,23 @@ def _facts(path: str, hub: dict[str, Any], budget: str, threads: int) -> dict[st
 
     import moe_runtime
     from moe_runtime.budget import least_budget, plan_budget, resolve_budget
+    from moe_runtime.layout import flipped_groups, largest_whole_row, lies_by_rows
 
     spec, experts = moe_runtime.inspect_checkpoint(path, **hub)
     named = {name: value for name, value in hub.items() if name not in {"dtype", "variant"}}
     config = AutoConfig.from_pretrained(path, **named)
-    floor = _least_read(spec, experts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    by_rows = lies_by_rows(spec, on_cpu=device.type == "cpu", exact=False)
+    floor = largest_whole_row(spec, experts, by_rows=by_rows)
+    flips = flipped_groups(spec, by_rows=by_rows)
     budgets = []
     for asked in dict.fromkeys((*_SHARES, budget)):
-        total, text = resolve_budget(asked, spec, config, device, threads=threads)
+        total, text = resolve_budget(asked, spec, config, device, threads=threads, flips=flips)
         row: dict[str, Any] = {"budget": asked, "bytes": total, "works": True}
         try:
-            plan = plan_budget(spec, total, text, threads=threads, floor=floor, disk=True)
+            plan = plan_budget(
+                spec, total, text, threads=threads, floor=floor, disk=True, flips=flips
+            )
         except BudgetError as error:
             row |= {"works": False, "slots": 0, "share": 0.0, "explanation": str(error)}
         else:
@@ -113,7 +118,7 @@ def _facts(path: str, hub: dict[str, Any], budget: str, threads: int) -> dict[st
         "total_expert_bytes": spec.total_expert_bytes,
         "active_expert_bytes": sum(layer.top_k * layer.expert_bytes for layer in spec.layers),
         "dense_bytes": spec.dense_bytes,
-        "least_budget": least_budget(spec, threads=threads, floor=floor, disk=True),
+        "least_budget": least_budget(spec, threads=threads, floor=floor, disk=True, flips=flips),
         "budgets": budgets,
     }
 
@@ -167,16 +172,3 @@ def _listed(numbers: list[int]) -> str:
 
 def _distinct(layers: list[dict[str, Any]], key: str, write: Callable[[int], str]) -> str:
     return " or ".join(write(value) for value in sorted({layer[key] for layer in layers}))
-
-
-def _least_read(spec: Any, experts: Any) -> int:
-    """Bytes of the largest piece that must be read whole because it is converted on the way."""
-    pieces = [
-        segment.nbytes // segment.shape[0] * (2 if segment.interleaved else 1)
-        for position, layer in enumerate(spec.layers)
-        for segment in experts.segments[position][0]
-        if segment.transposed
-        or segment.interleaved
-        or segment.dtype != layer.params[segment.param].dtype
-    ]
-    return max(pieces, default=0)
