@@ -5,6 +5,7 @@ Arithmetic on a spec and a number of bytes; `auto` reads free memory. Moves noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,13 +61,14 @@ def resolve_budget(
     device: torch.device,
     *,
     threads: int,
+    flips: Sequence[bool] | None = None,
 ) -> tuple[int, str]:
     """(bytes, one sentence that says how they were chosen).
 
     A share is one of the bytes of all experts; 100 % and more means that every expert fits, with
     the staging that it takes to read them.
     """
-    everything = _whole(spec, threads)
+    everything = _whole(spec, threads, flips)
     share = None if isinstance(budget, int) else parse_share(budget)
     if share is not None:
         total = int(share * spec.total_expert_bytes)
@@ -88,9 +90,18 @@ def resolve_budget(
     return total, text
 
 
-def _whole(spec: MoESpec, threads: int) -> int:
+def _sizes(spec: MoESpec, flips: Sequence[bool] | None) -> list[int]:
+    """Bytes of a slot of each expert shape."""
+    flips = flips or [False] * len(spec.groups)
+    return [slot_bytes(g, flipped=flip) for g, flip in zip(spec.groups, flips, strict=True)]
+
+
+def _whole(spec: MoESpec, threads: int, flips: Sequence[bool] | None) -> int:
     """A budget in which every expert has a slot."""
-    slots = sum(layer.num_experts * slot_bytes(layer.params) for layer in spec.layers)
+    sizes = _sizes(spec, flips)
+    slots = sum(
+        layer.num_experts * sizes[spec.group_of(at)] for at, layer in enumerate(spec.layers)
+    )
     largest = max(param.nbytes for params in spec.groups for param in params)
     return slots + threads * bounce_bytes(min(largest, _MAX_CHUNK))
 
@@ -116,10 +127,17 @@ def _chunk(total: int, threads: int, largest: int, floor: int) -> int:
     return max(floor, min(_MAX_CHUNK, largest, fair))
 
 
-def least_budget(spec: MoESpec, *, threads: int, floor: int, disk: bool) -> int:
+def least_budget(
+    spec: MoESpec,
+    *,
+    threads: int,
+    floor: int,
+    disk: bool,
+    flips: Sequence[bool] | None = None,
+) -> int:
     """The smallest budget that works: one layer's top-k of each shape, and staging."""
     need = _least_slots(spec)
-    pools = sum(count * slot_bytes(params) for count, params in zip(need, spec.groups, strict=True))
+    pools = sum(count * size for count, size in zip(need, _sizes(spec, flips), strict=True))
     if not disk:
         return pools
     # The piece size depends on the budget, weakly: the fixed point is reached at once or twice.
@@ -152,6 +170,7 @@ def plan_budget(
     threads: int,
     floor: int,
     disk: bool,
+    flips: Sequence[bool] | None = None,
 ) -> BudgetPlan:
     """Cut a budget into staging and slots.
 
@@ -160,6 +179,7 @@ def plan_budget(
         threads: reader threads, each with a bounce buffer.
         floor: the smallest piece that can be read (a row that is converted on the way).
         disk: whether anything is read from disk at all.
+        flips: for each expert shape whether its slots hold weights transposed.
 
     Raises:
         BudgetError: less than one layer's top-k fits; says the least that works.
@@ -169,13 +189,13 @@ def plan_budget(
     readers = _readers(total, threads, chunk)
     staging = readers * bounce_bytes(chunk) if disk else 0
     least = _least_slots(spec)
-    sizes = [slot_bytes(params) for params in spec.groups]
+    sizes = _sizes(spec, flips)
     whole = [0] * len(sizes)
     for position, layer in enumerate(spec.layers):
         whole[spec.group_of(position)] += layer.num_experts
     base = sum(count * size for count, size in zip(least, sizes, strict=True))
     if staging + base > total:
-        smallest = least_budget(spec, threads=threads, floor=floor, disk=disk)
+        smallest = least_budget(spec, threads=threads, floor=floor, disk=disk, flips=flips)
         raise BudgetError(
             f"an expert budget of {format_bytes(total)} ({total} bytes) does not hold one layer's "
             f"top-k experts ({max(least)} of {format_bytes(max(sizes))}) and "

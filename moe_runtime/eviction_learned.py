@@ -110,7 +110,7 @@ class Echo:
         self._fast = np.zeros(grid.size)
         self._slow = np.zeros(grid.size)
         self._recent = np.zeros(grid.size)
-        self._log_counts = np.zeros(grid.size)
+        self._log_counts = np.full(grid.size, np.log(_TINY))
         self._value = np.zeros(grid.size)
         powers = np.arange(constants.horizon + 1)
         self._future = constants.discount**powers

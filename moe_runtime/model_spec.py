@@ -72,7 +72,10 @@ class ExpertParam:
 
 @dataclass(frozen=True, kw_only=True)
 class MoELayer:
-    """One experts module: its absolute layer index, module path, and what an expert consists of."""
+    """One experts module: its absolute layer index, module path, and what an expert consists of.
+
+    `transposed` says that the model itself has its weights `[in, out]`.
+    """
 
     layer: int
     path: str
@@ -80,6 +83,7 @@ class MoELayer:
     num_experts: int
     top_k: int
     params: tuple[ExpertParam, ...]
+    transposed: bool = False
 
     @property
     def expert_bytes(self) -> int:
@@ -191,6 +195,7 @@ def read_spec(model: PreTrainedModel, *, model_id: str = "") -> MoESpec:
             num_experts=int(module.num_experts),  # type: ignore[arg-type]
             top_k=_top_k(path, module, modules),
             params=params,
+            transposed=bool(module.is_transposed),
         )
         layers.append(entry)
         expert_bytes += entry.num_experts * entry.expert_bytes

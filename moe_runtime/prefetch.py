@@ -95,6 +95,8 @@ class Fetcher:
             fetch.from_host = True
             fetch.nbytes = sum(t.numel() * t.element_size() for t in held)
             fetch.token = self._device.copy(list(zip(target, held, strict=True)), after)
+            if self._host is not None:
+                self._host.lease(position, expert, fetch.token)
             self._finished.put(fetch)
             return
         if self._host is not None:
@@ -123,6 +125,7 @@ class Fetcher:
             if fetch.error is None:
                 pairs = list(zip(fetch.target, fetch.landing, strict=True))
                 fetch.token = self._device.copy(pairs, fetch.after)
+                self._host.lease(*fetch.key, fetch.token)
         if fetch.error is not None:
             raise fetch.error
         return fetch, waited

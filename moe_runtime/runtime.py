@@ -26,7 +26,8 @@ from moe_runtime.errors import AttachError, BudgetError, UnsupportedModelError
 from moe_runtime.eviction import make_policy
 from moe_runtime.executor import Executor, LayerHandle, expert_form
 from moe_runtime.interface import HANDLE, IMPLEMENTATION
-from moe_runtime.kernels import ExpertForm, bags_are_fast
+from moe_runtime.kernels import ExpertForm
+from moe_runtime.layout import flipped_groups, largest_whole_row, lies_by_rows
 from moe_runtime.loading import (
     build_structure,
     load_without_experts,
@@ -59,6 +60,7 @@ __all__ = [
 ]
 
 _RUNTIME = "_moe_runtime"
+_HOOKS = "_moe_runtime_hooks"
 
 
 class Runtime:
@@ -91,7 +93,6 @@ class Runtime:
         self.cache: ExpertCache
         self.executor: Executor
         self.profiler = Profiler(layers=len(spec.layers), grid_size=spec.grid.size)
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._forms: list[ExpertForm] = []
         self._previous: dict[str, Any] = {}
         self._finalizers: list[weakref.finalize[Any, Any]] = []
@@ -117,20 +118,22 @@ class Runtime:
         self._store = store
         model = self.model
         threads = self.config.reader_threads
+        grid = self.spec.grid
+        self._read_forms()
+        on_cpu, exact = self.device.is_cpu, self.config.exact
+        by_rows = views is None and lies_by_rows(self.spec, on_cpu=on_cpu, exact=exact)
+        flips = flipped_groups(self.spec, by_rows=by_rows)
         total, text = resolve_budget(
             self.config.expert_budget,
             self.spec,
             model.config,
             self.device.torch_device,
             threads=threads,
+            flips=flips,
         )
-        grid = self.spec.grid
-        self._read_forms()
-        by_rows = views is None and self._by_rows()
-        flips = [by_rows and not transposed for transposed in self._stored_transposed()]
         if views is None:
             self.budget = plan_budget(
-                self.spec, total, text, threads=threads, floor=floor, disk=disk
+                self.spec, total, text, threads=threads, floor=floor, disk=disk, flips=flips
             )
             counts: tuple[int, ...] = self.budget.slots
             groups = [self.spec.group_of(p) for p in range(len(self.spec.layers))]
@@ -176,30 +179,14 @@ class Runtime:
             self._forms = [replace(form, transposed=True) for form in self._forms]
         if views is not None:
             self.cache.adopt_all()
-        weakref.finalize(model, self._fetcher.close)
+        # The runtime outlives the model that it was made for where a deep copy of that goes on.
+        weakref.finalize(self, self._fetcher.close)
 
     def _read_forms(self) -> None:
         model = self.model
         self._forms = [
             expert_form(model.get_submodule(layer.path), layer) for layer in self.spec.layers
         ]
-
-    def _by_rows(self) -> bool:
-        """Whether weights are to lie `[in, out]`: fastest for one token on a CPU, not exact."""
-        dtypes = {param.dtype for params in self.spec.groups for param in params}
-        return (
-            self.device.is_cpu
-            and not self.config.exact
-            and all(bags_are_fast(dtype) for dtype in dtypes)
-        )
-
-    def _stored_transposed(self) -> list[bool]:
-        """For each expert shape whether the model itself has its weights `[in, out]`."""
-        found: dict[int, bool] = {}
-        for position, form in enumerate(self._forms):
-            if found.setdefault(self.spec.group_of(position), form.transposed) != form.transposed:
-                raise UnsupportedModelError("experts of one shape in two layouts")
-        return [found[group] for group in range(len(self.spec.groups))]
 
     def _policy_options(self) -> dict[str, Any]:
         return {}
@@ -217,7 +204,7 @@ class Runtime:
             self.spec, total, "host", threads=self.config.reader_threads, floor=0, disk=False
         )
         counts = [max(host, fast) for host, fast in zip(plan.slots, self.budget.slots, strict=True)]
-        return HostTier(self.spec, counts, self.device.allocate_host)
+        return HostTier(self.spec, counts, self.device.allocate_host, self.device.finish)
 
     def install(self) -> None:
         """Hook into the model: handles on its experts modules, hooks around its forward."""
@@ -229,8 +216,7 @@ class Runtime:
         for config in configs.values():
             interface.remember_previous(config)
             # A model that is dropped without detach leaves no trace of its configuration's `id`.
-            finalizer = weakref.finalize(model, interface.forget_previous, id(config))
-            self._finalizers.append(finalizer)
+            self._finalizers.append(weakref.finalize(model, interface.forget_previous, id(config)))
         self._previous = dict(model.get_experts_implementation())
         for key in self._previous:
             inner = getattr(model.config, key) if key else model.config
@@ -243,34 +229,36 @@ class Runtime:
                 # A composite model that transformers does not switch as a whole.
                 module.config._experts_implementation = IMPLEMENTATION
             module.__dict__[HANDLE] = LayerHandle(self.executor, position, layer, form)
-        self._hooks.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._hooks.append(
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-        )
+        model.__dict__[_HOOKS] = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
         model.__dict__[_RUNTIME] = self
 
-    def uninstall(self) -> None:
-        """Undo `install`; the experts modules must have their tensors again before they run."""
-        model = self.model
-        for hook in self._hooks:
+    def uninstall(self, model: PreTrainedModel) -> None:
+        """Undo `install` on a model, be it a deep copy of the one that it was done on.
+
+        The experts modules must have their tensors again before they run.
+        """
+        for hook in model.__dict__.pop(_HOOKS):
             hook.remove()
-        self._hooks.clear()
         configs: dict[int, Any] = {}
         for layer in self.spec.layers:
             module = model.get_submodule(layer.path)
             module.__dict__.pop(HANDLE, None)
             configs[id(module.config)] = module.config
-        for finalizer in self._finalizers:
-            finalizer.detach()
-        self._finalizers.clear()
-        names = [interface.forget_previous(identity) for identity in configs]
+        names: list[str | None] = [self._previous[""]] * len(configs)
+        if model is self._model():
+            for finalizer in self._finalizers:
+                finalizer.detach()
+            self._finalizers.clear()
+            names = [interface.forget_previous(identity) for identity in configs]
         if None not in names:  # another model may still run by a configuration of this one
             model.set_experts_implementation(self._previous)
             for config, name in zip(configs.values(), names, strict=True):
                 if config._experts_implementation == IMPLEMENTATION:
                     config._experts_implementation = name
         del model.__dict__[_RUNTIME]
-        self._fetcher.close()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -408,7 +396,8 @@ def from_pretrained(
     )
     model.to(place.torch_device)  # type: ignore[arg-type]
     runtime = Runtime(model, spec, config, place, paged=True, rss_before=before)
-    floor = _largest_converted_row(spec, experts)
+    by_rows = lies_by_rows(spec, on_cpu=place.is_cpu, exact=exact)
+    floor = largest_whole_row(spec, experts, by_rows=by_rows)
     store = DiskStore(experts, spec, chunk=floor)
     runtime.open(store, floor=floor, disk=True)
     store.chunk = runtime.budget.chunk
@@ -493,7 +482,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         elif not runtime.device.is_cpu:
             _move_dense(model, runtime.spec, torch.device("cpu"))
         ExpertStateDict.remove(model)
-        runtime.uninstall()
+        runtime.uninstall(model)
     finally:
         runtime.executor.resume()
     return model
@@ -570,18 +559,6 @@ def _open_files(path_or_id: str, options: dict[str, Any]) -> CheckpointFiles:
 
 def _named(spec: MoESpec, path_or_id: str) -> MoESpec:
     return replace(spec, model_id=path_or_id)
-
-
-def _largest_converted_row(spec: MoESpec, experts: ExpertMap) -> int:
-    """Bytes of the largest row (pair of rows) that a conversion needs whole."""
-    largest = 0
-    for position, layer in enumerate(spec.layers):
-        for segment in experts.segments[position][0]:
-            row = segment.nbytes // segment.shape[0] * (2 if segment.interleaved else 1)
-            converted = segment.dtype != layer.params[segment.param].dtype
-            if converted or segment.transposed or segment.interleaved:
-                largest = max(largest, row)
-    return largest
 
 
 def _place_placeholders(model: nn.Module, spec: MoESpec, device: Device) -> None:

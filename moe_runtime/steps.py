@@ -26,6 +26,8 @@ class Step:
         decode: one new token for each sequence, after earlier ones.
         real: bool `[rows]`, False for padding; None if every row is real.
         token_ids: int64 `[rows]`, None if the call had embeddings instead.
+        places: int64 `[rows]`, place of each row in its sequence, padding not counted; None if
+            there is no padding.
     """
 
     rows: int = 0
@@ -34,6 +36,7 @@ class Step:
     decode: bool = False
     real: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -43,12 +46,10 @@ class Step:
 
     def positions(self) -> torch.Tensor:
         """int64 `[rows]`: place of each row in its sequence, padding not counted."""
+        if self.places is not None:
+            return self.places
         length = self.rows // max(self.batch, 1)
-        if self.real is None or self.past:
-            single = torch.arange(self.past, self.past + length)
-            return single.repeat(self.batch)
-        counted = self.real.view(self.batch, length).cumsum(1) - 1
-        return counted.clamp_min(0).reshape(-1)
+        return torch.arange(self.past, self.past + length).repeat(self.batch)
 
 
 def begin_step(arguments: Mapping[str, Any], positional: tuple[Any, ...]) -> Step:
@@ -64,7 +65,13 @@ def begin_step(arguments: Mapping[str, Any], positional: tuple[Any, ...]) -> Ste
     step.decode = length == 1 and step.past > 0
     if isinstance(ids, torch.Tensor) and ids.dim() == 2:
         step.token_ids = ids.reshape(-1)
-    step.real = _real_rows(arguments.get("attention_mask"), batch, length, step.past)
+    columns = _real_columns(arguments.get("attention_mask"), batch, length, step.past)
+    if columns is not None and not bool(columns.all()):
+        columns = columns.to("cpu")
+        places = columns.cumsum(1)[:, -length:] - 1
+        step.places = places.clamp_min(0).reshape(-1)
+        real = columns[:, -length:].reshape(-1)
+        step.real = None if bool(real.all()) else real
     return step
 
 
@@ -79,20 +86,20 @@ def _past_length(arguments: Mapping[str, Any]) -> int:
         return 0
 
 
-def _real_rows(mask: Any, batch: int, length: int, past: int) -> torch.Tensor | None:
+def _real_columns(mask: Any, batch: int, length: int, past: int) -> torch.Tensor | None:
+    """Bool `[batch, columns]`, False for padding; the call's rows are the last `length` columns."""
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")
     if not isinstance(mask, torch.Tensor) or mask.shape[0] != batch:
         return None
     if mask.dim() == 2 and mask.shape[1] >= length:
-        # The mask spans the cache too; the rows of this call are those from `past` on. A mask of
-        # a static cache may be longer than what is filled.
-        end = past + length if mask.shape[1] >= past + length else mask.shape[1]
-        real = mask[:, end - length : end] != 0
-    elif mask.dim() == 4 and past == 0 and mask.shape[-2] == length and mask.shape[-1] >= length:
-        # A causal mask made ahead: the last row attends to every real column.
-        last = mask[:, 0, -1, :length]
-        real = last if last.dtype == torch.bool else last == 0
-    else:
-        return None
-    return None if bool(real.all()) else real.reshape(-1).to("cpu")
+        # The mask spans the cache too. A static cache's may be longer than what is filled.
+        return mask[:, : max(past + length, length)] != 0
+    if mask.dim() == 4 and past == 0 and mask.shape[-2] == length and mask.shape[-1] >= length:
+        # A mask made ahead: a column is real if any row attends to it. Where a backend lets
+        # padding rows attend to everything, only each row's own column tells.
+        square = mask[:, 0, :, :length]
+        seen = square if square.dtype == torch.bool else square == 0
+        own = seen.diagonal(dim1=1, dim2=2)
+        return own if bool(seen[:, 0].all(1).any()) and length > 1 else seen.any(dim=1)
+    return None

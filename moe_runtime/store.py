@@ -14,7 +14,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -300,7 +300,13 @@ class HostTier:
     """Pinned host memory between disk and GPU: experts once read stay here, LRU.
 
     Mutated under the executor's lock only. `claim` may evict; an expert between `claim` and
-    `settle` is being written and is not handed out.
+    `settle` is being written and is not handed out; one with a copy to the device under way is
+    waited for before its memory is used again.
+
+    Args:
+        counts: slots of each expert shape.
+        allocate: gives pinned memory.
+        finish: blocks until a copy's token is done.
     """
 
     def __init__(
@@ -308,8 +314,10 @@ class HostTier:
         spec: MoESpec,
         counts: Sequence[int],
         allocate: Callable[[int], torch.Tensor],
+        finish: Callable[[Any], None],
     ) -> None:
         self._spec = spec
+        self._finish = finish
         self._pools = [
             SlotPool(params, count, allocate)
             for params, count in zip(spec.groups, counts, strict=True)
@@ -317,6 +325,11 @@ class HostTier:
         self._free = [list(range(count))[::-1] for count in counts]
         self._held: list[OrderedDict[tuple[int, int], int]] = [OrderedDict() for _ in counts]
         self._writing: dict[tuple[int, int], int] = {}
+        self._leases: dict[tuple[int, int], Any] = {}
+
+    def lease(self, position: int, expert: int, token: Any) -> None:
+        """A copy out of this expert's memory is under way; `token` tells when it is done."""
+        self._leases[(position, expert)] = token
 
     def lookup(self, position: int, expert: int) -> Tensors | None:
         """The expert's pinned tensors, and mark it most recently used; None if it is not held."""
@@ -337,6 +350,7 @@ class HostTier:
             if victim is None:
                 return None
             slot = self._held[group].pop(victim)
+            self._finish(self._leases.pop(victim, None))
         self._writing[(position, expert)] = slot
         return self._pools[group].tensors(slot)
 

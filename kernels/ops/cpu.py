@@ -51,11 +51,26 @@ def decode_bags(
     inner = _bags(tables[form.up], places, hidden.expand(len(slots), -1))
     if form.up_bias is not None:
         inner = inner + stacked[form.up_bias][places]
-    inner = form.activation(inner)
+    inner = _activate(inner, form)
     out = _bags(tables[form.down], places, inner)
     if form.down_bias is not None:
         out = out + stacked[form.down_bias][places]
-    return out if form.finish is None else form.finish(out)
+    if form.finish is not None:
+        out = torch.cat([form.finish(row) for row in out.split(1)])
+    return out
+
+
+# Element-wise kernels take whole vectors and finish with single elements, whose last bits may
+# differ, and share more than this many elements among threads.
+_VECTORS = 128
+_SHARED = 32768
+
+
+def _activate(rows: torch.Tensor, form: ExpertForm) -> torch.Tensor:
+    """The activation of `[n, U]`; at once only where a row's bits cannot depend on the others."""
+    if rows.shape[1] % _VECTORS == 0 and rows.numel() <= _SHARED:
+        return form.activation(rows)
+    return torch.cat([form.activation(row) for row in rows.split(1)])
 
 
 def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

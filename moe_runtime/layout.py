@@ -1,0 +1,45 @@
+"""How experts lie in slots: as the model has them, or transposed for sums of rows.
+
+Chosen once from the spec, the device and the mode, never from what is measured, so that results do
+not depend on the run. Knows no cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from moe_runtime.checkpoint import ExpertMap
+from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.kernels import bags_are_fast
+from moe_runtime.model_spec import MoESpec
+
+__all__ = ["flipped_groups", "largest_whole_row", "lies_by_rows"]
+
+
+def lies_by_rows(spec: MoESpec, *, on_cpu: bool, exact: bool) -> bool:
+    """Whether all weights are to lie `[in, out]`: fastest for single tokens on a CPU."""
+    dtypes = {param.dtype for params in spec.groups for param in params}
+    return on_cpu and not exact and all(bags_are_fast(dtype) for dtype in dtypes)
+
+
+def flipped_groups(spec: MoESpec, *, by_rows: bool) -> tuple[bool, ...]:
+    """For each expert shape whether its slots hold weights transposed."""
+    found: dict[int, bool] = {}
+    for position, layer in enumerate(spec.layers):
+        if found.setdefault(spec.group_of(position), layer.transposed) != layer.transposed:
+            raise UnsupportedModelError(
+                f"{layer.path}: experts of one shape, but weights in two orientations"
+            )
+    return tuple(by_rows and not found[group] for group in range(len(spec.groups)))
+
+
+def largest_whole_row(spec: MoESpec, experts: ExpertMap, *, by_rows: bool) -> int:
+    """Bytes of the largest row (or pair of rows) that must be read whole to be converted."""
+    largest = 0
+    for position, layer in enumerate(spec.layers):
+        for segment in itertools.chain.from_iterable(experts.segments[position]):
+            row = segment.nbytes // segment.shape[0] * (2 if segment.interleaved else 1)
+            converted = segment.dtype != layer.params[segment.param].dtype
+            if converted or segment.transposed or segment.interleaved or by_rows:
+                largest = max(largest, row)
+    return largest
