@@ -76,8 +76,8 @@ placement.*       | trace placement.*                      | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 __init__          | ABOVE                                  |
-cli.*             | version __init__ runtime config budget layout report.* placement.* predictors.* \
-                    cli.* \
+cli.*             | version __init__ runtime config budget layout report.* placement.* \
+                    predictors.* cli.* \
                   | typer rich torch transformers
 __main__          | cli.*                                  |
 """
