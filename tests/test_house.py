@@ -207,6 +207,13 @@ def test_pins_cover_every_direct_dependency() -> None:
     assert "torch==2.13.0" in lines
 
 
+@pytest.mark.parametrize("name", ["install", "check", "test", "bench", "../.ci/run"])
+def test_scripts_parse_and_can_be_executed(name: str) -> None:
+    script = ROOT / "scripts" / name
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", script], check=True, timeout=60)
+
+
 def test_make_says_what_is_wrong_with_a_bad_interpreter(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\nexit 1\n")
