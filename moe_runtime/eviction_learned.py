@@ -139,13 +139,13 @@ class Echo:
         self._count(start, stop, experts, share, busiest)
         echo = self._weigh(now)
         # Its own layer comes again in the next pass: what counts is what followed, one later.
-        self._revalue(position, echo[:-1], 1, now + 1, self._clock + 1)
+        self._revalue(position, echo, 1, self._clock + 1)
         for distance in self._again:
             other = position + distance
             if other < self._layers:
-                self._revalue(other, echo[:now], 0, now, self._clock)
+                self._revalue(other, echo, 0, self._clock)
             else:
-                self._revalue(other - self._layers, echo[:-1], 1, now + 1, self._clock + 1)
+                self._revalue(other - self._layers, echo, 1, self._clock + 1)
 
     def _begin_pass(self) -> None:
         """Go to the next column; a full history loses its older third."""
@@ -186,25 +186,24 @@ class Echo:
         np.log(mixed, out=self._log_counts[start:stop])
 
     def _weigh(self, now: int) -> NDArray[np.float32]:
-        """Weight of each pass as a forecast of the present one, `[now + horizon + 1]`; sum 1.
+        """How much each earlier pass tells of the present one, and what followed it, `[now]`.
 
-        Pass `s` forecasts the present pass, pass `s + 1` the next one, and so on, discounted.
+        Entry `r` is the weight of pass `r`, and of the passes before it, discounted, since `r`
+        followed them. Moved on by one it tells of the next pass.
         """
         if not now:
-            return np.zeros(len(self._future), np.float32)
+            return np.zeros(0, np.float32)
         alike = self._alike[:now]
         weights = np.exp(self._scale / self._alike_limit * (alike - alike.mean()))
         weights /= weights.sum() + self._constants.prior
-        return np.convolve(weights, self._future).astype(np.float32)
+        return np.convolve(weights, self._future)[:now].astype(np.float32)
 
-    def _revalue(
-        self, position: int, echo: NDArray[np.float32], shift: int, stop: int, clock: int
-    ) -> None:
-        """Keep-values of one layer whose next visit is in pass `clock`."""
+    def _revalue(self, position: int, echo: NDArray[np.float32], shift: int, clock: int) -> None:
+        """Keep-values of one layer whose next visit is `shift` passes on, in pass `clock`."""
         first, last = self._bounds[position]
         constants = self._constants
-        heard = self._used[first:last, shift:stop] @ echo[: stop - shift]
-        prior = constants.prior * self._visits / (constants.prior + max(stop - shift, 1))
+        heard = self._used[first:last, shift : shift + len(echo)] @ echo
+        prior = constants.prior * self._visits / (constants.prior + max(len(echo), 1))
         value = heard + prior * self._slow[first:last]
         value += _TINY
         np.log(value, out=value)

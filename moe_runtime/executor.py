@@ -32,7 +32,7 @@ from moe_runtime.model_spec import MoELayer
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
 from moe_runtime.routing import LayerRouting, sort_routing, sort_single
-from moe_runtime.slots import SlotPool
+from moe_runtime.slots import ALIGNMENT, SlotPool
 from moe_runtime.steps import Step
 
 __all__ = ["Executor", "LayerHandle", "expert_form"]
@@ -256,28 +256,27 @@ class Executor:
         """Contributions `[K * T, D']` of every pair; None if there is no pair."""
         tokens = hidden.shape[0]
         outputs: torch.Tensor | None = None
+        # A slice of a batch of rows must be aligned as a batch of its own would be.
+        aligned = hidden.shape[1] * hidden.element_size() % ALIGNMENT == 0
         for group in self._in_ready_order(routing.access):
-            # On the CPU expert by expert: what comes between the products stays in its caches.
-            for experts in [[e] for e in group] if self._device.is_cpu else [group]:
-                pairs = routing.of(experts).to(hidden.device)
-                rows = self._rows(handle, hidden[pairs % tokens], experts, routing)
+            for experts in [group] if aligned else [[expert] for expert in group]:
+                pairs, counts = routing.of(experts)
+                pairs = pairs.to(hidden.device)
+                rows = self._rows(handle, hidden[pairs % tokens], experts, counts)
                 if outputs is None:
                     outputs = rows.new_zeros(choices * tokens, rows.shape[-1])
-                outputs[pairs] = rows
+                outputs.index_copy_(0, pairs, rows)
         return outputs
 
     def _rows(
-        self,
-        handle: LayerHandle,
-        inputs: torch.Tensor,
-        experts: list[int],
-        routing: LayerRouting,
+        self, handle: LayerHandle, inputs: torch.Tensor, experts: list[int], counts: list[int]
     ) -> torch.Tensor:
+        """Outputs of some experts on their rows `inputs [n, D]`, `counts` rows each."""
         if self._device.is_cpu:
-            return expert_mlp(inputs, self._held(handle, experts)[0], handle.form)
+            parts = zip(inputs.split(counts), self._held(handle, experts), strict=True)
+            return torch.cat([expert_mlp(part, held, handle.form) for part, held in parts])
         slots = torch.tensor(self.cache.slots_of(handle.position, experts))
-        counts = torch.tensor([routing.count(expert) for expert in experts])
-        slots = slots.repeat_interleave(counts).to(inputs.device)
+        slots = slots.repeat_interleave(torch.tensor(counts)).to(inputs.device)
         return grouped_experts(inputs, slots, self._pool(handle).stacked, handle.form)
 
     def _exact(

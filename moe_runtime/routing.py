@@ -27,24 +27,22 @@ class LayerRouting:
         access: distinct experts with at least one pair, ascending, and the pairs of each.
         pairs: int64 tensor, pairs expert by expert; within one expert by choice, then token, as
             eager orders them.
-        starts: first pair of each expert, and the number of all.
+        starts: int64 array, first pair of each expert.
     """
 
     access: Access
     pairs: torch.Tensor
-    starts: list[int]
+    starts: IntArray
 
-    def of(self, experts: Sequence[int]) -> torch.Tensor:
-        """Pairs of these experts, in their order."""
-        parts = []
-        for expert in experts:
-            at = int(np.searchsorted(self.access.experts, expert))
-            parts.append(self.pairs[self.starts[at] : self.starts[at + 1]])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def count(self, expert: int) -> int:
-        """Pairs of this expert."""
-        return int(self.access.tokens[np.searchsorted(self.access.experts, expert)])
+    def of(self, experts: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """Pairs of these experts, in their order, and how many each has."""
+        places = np.searchsorted(self.access.experts, experts)
+        counts: list[int] = self.access.tokens[places].tolist()
+        if len(counts) == len(self.access.experts) and bool((np.diff(places) > 0).all()):
+            return self.pairs, counts
+        starts = self.starts[places].tolist()
+        runs = zip(starts, counts, strict=True)
+        return torch.cat([self.pairs[start : start + count] for start, count in runs]), counts
 
 
 def sort_routing(
@@ -63,7 +61,7 @@ def sort_routing(
     if not keep.all():
         order = order[keep[order]]
     experts, counts = _runs(flat[order])
-    starts = [0, *np.cumsum(counts).tolist()]
+    starts = np.cumsum(counts) - counts
     access = Access(position=position, experts=experts, tokens=counts)
     return LayerRouting(access, torch.from_numpy(order), starts)
 

@@ -12,11 +12,11 @@ import torch
 
 from moe_runtime.model_spec import ExpertParam
 
-__all__ = ["SlotPool", "slot_bytes"]
+__all__ = ["ALIGNMENT", "SlotPool", "slot_bytes"]
 
 # Every slot starts alike, so that kernels that look at alignment take the same path in each: an
 # expert's result must not depend on the slot that it lies in.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 
 
 def _stored_shape(param: ExpertParam, flipped: bool) -> tuple[int, ...]:
@@ -26,7 +26,7 @@ def _stored_shape(param: ExpertParam, flipped: bool) -> tuple[int, ...]:
 def _stride(param: ExpertParam, flipped: bool) -> int:
     """Bytes from one slot's tensor to the next slot's: aligned, and a whole number of rows."""
     row = _stored_shape(param, flipped)[-1] * param.dtype.itemsize
-    unit = math.lcm(_ALIGNMENT, row) if len(param.shape) > 1 else _ALIGNMENT
+    unit = math.lcm(ALIGNMENT, row) if len(param.shape) > 1 else ALIGNMENT
     return -(-param.nbytes // unit) * unit
 
 

@@ -226,7 +226,7 @@ class DiskStore:
         except OSError as error:
             raise self._error(position, expert, segment, offset, str(error)) from error
         if got < offset + size - start:
-            reason = f"the file ends at byte {start + got}, it is truncated"
+            reason = f"the file ends at byte {os.fstat(fd).st_size}, it is truncated"
             raise self._error(position, expert, segment, offset, reason)
         if not direct:
             with contextlib.suppress(OSError, AttributeError):
