@@ -73,7 +73,7 @@ class TraceWriter:
             return
         if self._first is None:
             self._first = rows[:0]
-        rows.require_like(self._first, "the added rows")
+        rows.require_like(self._first, "the added trace")
         renumbered = rows.with_first_step(self._steps)
         self._steps = int(renumbered.step_ids[-1]) + 1
         self._pending.append(renumbered)
