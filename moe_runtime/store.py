@@ -197,22 +197,26 @@ class DiskStore:
     ) -> None:
         segment = piece.segment
         assert size == want, "pieces that are converted fit the bounce buffer"
-        # The stored bytes need not be aligned for their type: copy to the front first.
-        ctypes.memmove(bounce.address, bounce.address + inside, size)
-        stored = bounce.tensor[:size].view(segment.dtype)
+        if inside % segment.dtype.itemsize:
+            # The stored bytes need not be aligned for their type.
+            ctypes.memmove(bounce.address, bounce.address + inside, size)
+            inside = 0
+        stored = bounce.tensor[inside : inside + size].view(segment.dtype)
         if segment.interleaved:
             first, rows = piece.first // 2, piece.rows // 2
             into[first : first + rows].copy_(stored.view(rows, 2, *segment.shape[1:]))
             return
         stored = stored.view(piece.rows, *segment.shape[1:])
         target = into[piece.first : piece.first + piece.rows]
-        if target.dim() == 2 and target.stride(0) == 1 != target.stride(1):
+        if target.dim() != 2 or target.stride(0) != 1 or target.stride(1) == 1:
+            target.copy_(stored)
+        elif target.mT.is_contiguous():
+            target.mT.copy_(stored.mT)
+        else:
             # Transposing is fast between contiguous blocks only.
             turned = bounce.scratch[:size].view(segment.dtype).view(stored.shape[::-1])
-            turned.copy_(stored.t())
-            target.t().copy_(turned)
-        else:
-            target.copy_(stored)
+            turned.copy_(stored.mT)
+            target.mT.copy_(turned)
 
     def _fill(
         self, position: int, expert: int, segment: Segment, offset: int, size: int, bounce: Bounce

@@ -30,6 +30,7 @@ FOLDERS = {  # folder of the repository -> name of the package
 # A name ending in ".*" stands for a package and all that is in it.
 ROWS = """
 version           |                                        |
+bundled           |                                        |
 errors            |                                        |
 core              |                                        | numpy
 kernels.*         | kernels.*                              | torch numpy triton
