@@ -17,7 +17,6 @@ from transformers import (
 )
 
 import moe_runtime
-from moe_runtime import store
 from moe_runtime.errors import (
     CheckpointError,
     ExpertReadError,
@@ -119,7 +118,7 @@ def test_a_shard_that_cannot_be_opened_is_named(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return plain(path, *rest, **options)
 
-    monkeypatch.setattr(store.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*denied"):
         load(tiny_checkpoints.per_expert)
 
