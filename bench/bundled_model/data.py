@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from bundled_model.puzzles import HARD, STANDARD, Puzzle, Split, stream
-from bundled_model.tokenizer import BEGIN, END
+from bundled_model.tokenizer import BEGIN, END, id_of
 
 Ids: TypeAlias = NDArray[np.int64]
 Tokens: TypeAlias = NDArray[np.uint16]
@@ -88,13 +88,13 @@ class Corpus:
         """Takes the tokens of "english train", "english held_out", "python train", ..."""
         self.tokens = tokens
         self._tokenizer = tokenizer
-        self._begin: int = tokenizer.token_to_id(BEGIN)
-        self._end: int = tokenizer.token_to_id(END)
+        self._begin = id_of(tokenizer, BEGIN)
+        self._end = id_of(tokenizer, END)
 
     @classmethod
     def from_texts(cls, tokenizer: Tokenizer, texts: dict[str, Documents]) -> Corpus:
         """All documents one after another, each between the begin and the end token."""
-        end = np.array([tokenizer.token_to_id(END)], np.uint16)
+        end = np.array([id_of(tokenizer, END)], np.uint16)
         tokens: dict[str, Tokens] = {}
         for domain, documents in texts.items():
             for split, some in documents.items():

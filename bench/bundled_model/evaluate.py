@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from bundled_model.data import DOMAINS, IGNORED, Corpus
 from bundled_model.puzzles import Puzzle
-from bundled_model.tokenizer import END, PAD
+from bundled_model.tokenizer import END, PAD, id_of
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def solve(
     model: Any, tokenizer: Tokenizer, puzzles: Sequence[Puzzle], *, batch: int = 64
 ) -> list[str]:
     """What the model writes greedily after each prompt, up to the end token (100 at the most)."""
-    end, pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+    end, pad = id_of(tokenizer, END), id_of(tokenizer, PAD)
     written: list[str] = []
     for first in range(0, len(puzzles), batch):
         prompts = [tokenizer.encode(p.prompt).ids for p in puzzles[first : first + batch]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,8 +97,7 @@ def routing(model: Any, corpus: Corpus, traces: Path | None, rows: int) -> dict[
 
 
 def _numbered(run: RoutingTrace, number: int) -> RoutingTrace:
-    columns = {**run.columns(), "sequence_ids": np.full(len(run), number, np.int32)}
-    return RoutingTrace(**{**run.description(), "model_id": ""}, **columns)
+    return replace(run, sequence_ids=np.full(len(run), number, np.int32), model_id="")
 
 
 def training(trained: Path) -> dict[str, Any]:
@@ -145,7 +145,10 @@ def main(
             "folder_bytes": sum(f.stat().st_size for f in folder.iterdir()),
             "vocabulary": tokenizer.get_vocab_size(),
         },
-        "training": {**training(trained), "text_tokens": corpus.sizes()},
+        "training": {
+            **training(trained),
+            "text_tokens": {name: len(ids) for name, ids in corpus.tokens.items()},
+        },
         **quality(model, corpus, tokenizer, puzzles),
         "routing": routing(model, corpus, traces, rows),
     }

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bundled_model.data import IGNORED
-from bundled_model.tokenizer import BEGIN, END, PAD, as_transformers
+from bundled_model.tokenizer import BEGIN, END, PAD, as_transformers, id_of
 
 CONTEXT = 512  # positions the finished model is meant for
 
@@ -46,19 +46,21 @@ def build(shape: Shape, tokenizer: Tokenizer, seed: int) -> Qwen3MoeForCausalLM:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_width,
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
         tie_word_embeddings=True,
         max_position_embeddings=CONTEXT,
-        bos_token_id=tokenizer.token_to_id(BEGIN),
-        eos_token_id=tokenizer.token_to_id(END),
-        pad_token_id=tokenizer.token_to_id(PAD),
+        bos_token_id=id_of(tokenizer, BEGIN),
+        eos_token_id=id_of(tokenizer, END),
+        pad_token_id=id_of(tokenizer, PAD),
     )
+    config.head_dim = shape.head_width
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM._from_config(config, experts_implementation="grouped_mm")
-    return model.float()
+    model: Qwen3MoeForCausalLM = Qwen3MoeForCausalLM._from_config(
+        config, experts_implementation="grouped_mm"
+    )
+    return model
 
 
 def losses(model: Qwen3MoeForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +99,11 @@ def export(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, folder: Path) -> in
         do_sample=False,
         max_new_tokens=128,
     )
-    model.to(torch.bfloat16).save_pretrained(temporary)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(temporary)
     as_transformers(tokenizer, CONTEXT).save_pretrained(temporary)
+    for path in temporary.iterdir():  # safetensors writes files that others cannot read
+        path.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return sum(path.stat().st_size for path in folder.iterdir())

@@ -32,7 +32,8 @@ def used_experts(trace: RoutingTrace) -> Used:
 def entropy_bits(shares: Floats) -> Floats:
     """Entropy of shares along the last axis, in bits."""
     safe = np.where(shares > 0, shares, 1.0)
-    return -(shares * np.log2(safe)).sum(axis=-1)
+    entropy: Floats = -(shares * np.log2(safe)).sum(axis=-1)
+    return entropy
 
 
 @dataclass(frozen=True, kw_only=True)

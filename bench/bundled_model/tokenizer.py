@@ -45,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> Token
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    begin = tokenizer.token_to_id(BEGIN)
+    begin = id_of(tokenizer, BEGIN)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)]
     )
@@ -58,6 +58,14 @@ def _keeping_think(tokenizer: Tokenizer) -> Tokenizer:
     for token in document["added_tokens"]:
         token["special"] = token["content"] not in (THINK, END_THINK)
     return Tokenizer.from_str(json.dumps(document))
+
+
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """The number of a token that must be there."""
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise ValueError(f"the tokenizer has no token {token!r}; train it with this module")
+    return int(number)
 
 
 def as_transformers(tokenizer: Tokenizer, context: int) -> PreTrainedTokenizerFast:
