@@ -140,8 +140,10 @@ def load_plain(checkpoint: Path, implementation: str = PEER) -> Any:
     ).eval()
 
 
-def load_ours(checkpoint: Path) -> Any:
-    return moe_runtime.from_pretrained(str(checkpoint), expert_budget="100%", device="cpu")
+def load_ours(checkpoint: Path, layout: str = "native") -> Any:
+    return moe_runtime.from_pretrained(
+        str(checkpoint), expert_budget="100%", device="cpu", layout=layout
+    )
 
 
 def alternate(sides: Sequence[Side], between: Callable[[], None], turn: Callable[[Side], None],
@@ -193,13 +195,13 @@ def bare_microseconds(steps: int) -> float:
     return statistics.median(taken) * 1e6
 
 
-def hook_overhead(steps: int) -> dict[str, float]:
+def hook_overhead(steps: int, layout: str) -> dict[str, float]:
     """Microseconds a layer of a one-expert step, everything resident, on each side."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tiny_checkpoint(folder, layers=8)
         found = {
-            "moe_runtime": microseconds_a_layer(load_ours(folder), steps),
+            "moe_runtime": microseconds_a_layer(load_ours(folder, layout), steps),
             PEER: microseconds_a_layer(load_plain(folder), steps),
             "eager": microseconds_a_layer(load_plain(folder, "eager"), steps),
         }
@@ -231,13 +233,14 @@ def main(
     prefill_rounds: int = 6,
     overhead_steps: int = 400,
     threads: int = 2,
+    layout: Annotated[str, typer.Option(help="of ours: native or rows")] = "rows",
     out: Path = HERE / "results" / "resident_cpu.json",
 ) -> None:
     """Measures both sides in alternation, prints the ratios and writes the result file."""
     torch.set_num_threads(threads)
     machine = describe_machine()
     ids = json.loads((checkpoint / IDS_FILE).read_text())["ids"]
-    plain, ours = Side(load_plain(checkpoint)), Side(load_ours(checkpoint))
+    plain, ours = Side(load_plain(checkpoint)), Side(load_ours(checkpoint, layout))
     config = plain.model.config
     active = (config.num_hidden_layers * config.num_experts_per_tok * 3
               * config.hidden_size * config.moe_intermediate_size * 2)  # fmt: skip
@@ -262,14 +265,15 @@ def main(
         prefill_rounds,
     )
     ratios = verdicts(ours, plain, floor)
-    overhead = hook_overhead(overhead_steps)
+    overhead = hook_overhead(overhead_steps, layout)
     write_json(out, {
         "what": "every expert resident, CPU: experts, step, prefill and hook",
         "machine": machine,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                      "moe_runtime": moe_runtime.__version__},
         "settings": {"rounds": rounds, "block": block, "prefill": prefill,
-                     "prefill_rounds": prefill_rounds, "threads": threads},
+                     "prefill_rounds": prefill_rounds, "threads": threads,
+                     "layout": layout},
         "floor": floor.figures(),
         "moe_runtime": ours.figures(),
         "transformers_grouped_mm": plain.figures(),

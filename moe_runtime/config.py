@@ -27,6 +27,10 @@ class RuntimeConfig:
         device: where the model computes: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`.
         policy: name of the eviction policy.
         exact: compute as transformers' eager experts do, bit for bit, instead of fast.
+        layout: how weights lie in slots on a CPU: `"native"`, as the model has them; `"rows"`,
+            transposed, so that single tokens decode at memory bandwidth but each miss pays for the
+            transposition; `"auto"`, rows if every expert fits. Their results differ in the last
+            bits, each is the same at every budget.
         reader_threads: threads that read experts from disk, 1 to 16.
         preload: fill the slots before the first step: True, False, or `"auto"` (only if every
             expert fits).
@@ -37,7 +41,8 @@ class RuntimeConfig:
     device: str = "auto"
     policy: str = "lru"
     exact: bool = False
-    reader_threads: int = 2
+    layout: str = "native"
+    reader_threads: int = 3
     preload: bool | str = "auto"
 
     def __post_init__(self) -> None:
@@ -52,6 +57,8 @@ class RuntimeConfig:
                     ) from None
         if not isinstance(self.reader_threads, int) or not 1 <= self.reader_threads <= 16:
             raise ConfigError(f"reader_threads must be 1 to 16, found {self.reader_threads!r}")
+        if self.layout not in ("native", "rows", "auto"):
+            raise ConfigError(f"layout must be 'native', 'rows' or 'auto', found {self.layout!r}")
         if self.preload not in (True, False, "auto"):
             raise ConfigError(f"preload must be True, False or 'auto', found {self.preload!r}")
         if not isinstance(self.device, str):

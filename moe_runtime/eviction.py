@@ -14,6 +14,7 @@ from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid, FloatArray, IntArray
 from moe_runtime.errors import ConfigError
 from moe_runtime.eviction_learned import Echo
+from moe_runtime.selection import lowest_few
 
 __all__ = [
     "POLICY_NAMES",
@@ -72,9 +73,7 @@ def choose_victims(policy: EvictionPolicy, candidates: IntArray, count: int) -> 
     if count == 0:
         return candidates[:0]
     values = policy.rank(candidates)
-    # A partition and a sort of the few that leave: a full sort of thousands costs ten times more.
-    threshold = np.partition(values, count - 1)[count - 1]
-    (chosen,) = np.nonzero(values <= threshold)
+    chosen = lowest_few(values, count)  # sorting these few is all that is left to do
     order = np.lexsort((candidates[chosen], values[chosen]))
     return candidates[chosen[order[:count]]]
 

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from moe_runtime.core import ExpertGrid, FloatArray, IntArray
 from moe_runtime.errors import ConfigError
+from moe_runtime.selection import lowest_few
 
 __all__ = ["Echo", "EchoConstants"]
 
 _TINY = 1e-30  # keeps the logarithm of a count that has decayed away finite
+_FAST, _SLOW, _RECENT = 0, 1, 2  # rows of the counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,7 @@ class EchoConstants:
         recent_fade: kept part of that per step.
         trust: weight of the echo against the counts, in logarithms, 0 to 1.
         order: how much less an expert is worth for each pass until its layer comes again.
-        again: how many other layers, evenly spread over the pass, are valued again after each
-            step, beside the layer just passed.
+        doubtful: how many candidates at least, the worst by their last value, are valued anew.
         history: passes remembered at most.
     """
 
@@ -54,8 +55,8 @@ class EchoConstants:
     recent_fade: float = 0.7
     trust: float = 0.5
     order: float = 0.9
-    again: int = 3
-    history: int = 192
+    doubtful: int = 16
+    history: int = 160
 
     def __post_init__(self) -> None:
         parts = ("fade", "carry", "discount", "fast", "slow", "fast_share", "recent_fade", "trust")
@@ -64,10 +65,10 @@ class EchoConstants:
                 raise ConfigError(f"echo: {name} has to lie in 0..1, found {getattr(self, name)}")
         if min(self.sharpness, self.prior, self.order, self.recent) < 0:
             raise ConfigError("echo: sharpness, prior, order and recent cannot be negative")
-        if self.horizon < 0 or self.history < 8 or self.again < 0:
+        if self.horizon < 0 or self.history < 8 or self.doubtful < 1:
             raise ConfigError(
-                "echo: needs horizon 0 or more, history 8 or more, again 0 or more; found "
-                f"{self.horizon}, {self.history}, {self.again}"
+                "echo: needs horizon 0 or more, history 8 or more, doubtful 1 or more; found "
+                f"{self.horizon}, {self.history}, {self.doubtful}"
             )
 
 
@@ -84,6 +85,9 @@ class Echo:
     so frequency and recency come from the counts, likeness from the echo, and the layer just
     passed, which is needed last, is worth least. It is deterministic and starts knowing nothing.
 
+    To stay cheap an expert is valued when its layer is passed, and again only where it is among
+    the `doubtful` lowest that are asked about.
+
     A step of many tokens (a prompt) counts as one pass whose experts weigh by their share of the
     busiest expert's tokens; the counts decay as if that expert's tokens had come one by one.
 
@@ -95,57 +99,61 @@ class Echo:
     name: ClassVar[str] = "echo"
 
     def __init__(self, grid: ExpertGrid, constants: EchoConstants | None = None) -> None:
-        self._constants = constants = constants or EchoConstants()
+        self._constants = c = constants or EchoConstants()
         self._bounds = [(at, at + n) for at, n in zip(grid.offsets, grid.experts, strict=True)]
-        self._layers = len(grid.layers)
-        spread = (i * self._layers // (constants.again + 1) for i in range(1, constants.again + 1))
-        self._again = tuple(sorted({distance for distance in spread if distance > 0}))
-        # What each pass used, experts by rows: a layer is a block of rows, a pass is a column.
-        self._used: NDArray[np.float32] = np.zeros((grid.size, constants.history), np.float32)
-        self._alike = np.zeros(constants.history)
+        layers = max(len(grid.layers), 1)
+        self._due = np.repeat(np.arange(len(grid.layers)) / layers, grid.experts)
+        # What each pass used: a row is an expert, so that a layer is a block; a column is a pass.
+        self._used: NDArray[np.float32] = np.zeros((grid.size, c.history), np.float32)
+        self._alike: NDArray[np.float32] = np.zeros(c.history, np.float32)
         self._alike_limit = 0.0  # what _alike would be for a pass that used the very same experts
+        self._echo: NDArray[np.float32] = np.zeros(0, np.float32)
         self._pass = -1  # column of the present pass
-        self._position = self._layers  # of the last observed layer
-        self._clock = 0  # passes so far, not wrapped
-        self._fast = np.zeros(grid.size)
-        self._slow = np.zeros(grid.size)
-        self._recent = np.zeros(grid.size)
+        self._clock = 0  # passes begun, not wrapped
+        self._position = len(grid.layers)  # of the last observed layer
+        self._counts = np.zeros((3, grid.size))
+        self._kept = np.array([[c.fast], [c.slow], [c.recent_fade]])
+        self._mixture = np.array([c.fast_share, 1.0 - c.fast_share, c.recent])
         self._log_counts = np.full(grid.size, np.log(_TINY))
         self._value = np.zeros(grid.size)
-        powers = np.arange(constants.horizon + 1)
-        self._future = constants.discount**powers
-        self._scale = constants.sharpness * self._layers**0.5
-        self._visits = 1.0 / (1.0 - min(constants.discount, 0.99))
+        self._future = (c.discount ** np.arange(c.horizon + 1)).astype(np.float32)
+        self._scale = c.sharpness * layers**0.5
+        self._visits = 1.0 / (1.0 - min(c.discount, 0.99))
 
     def rank(self, candidates: IntArray) -> FloatArray:
-        return self._value[candidates]
+        values = self._value[candidates]
+        if not len(self._echo):
+            return values
+        doubtful = self._constants.doubtful
+        if len(candidates) <= doubtful:
+            return self._value_now(candidates)
+        lowest = lowest_few(values, doubtful)
+        values[lowest] = self._value_now(candidates[lowest])
+        return values
 
     def observe(self, position: int, experts: IntArray, tokens: IntArray) -> None:
         if position <= self._position:
             self._begin_pass()
         self._position = position
         start, stop = self._bounds[position]
+        dense = experts + start
         busiest = int(tokens.max(initial=1))
-        share = tokens / busiest
+        share = (tokens / busiest).astype(np.float32)
         now = self._pass
-        dense = start + experts
         if now:
-            fade = self._constants.fade
             alike = self._alike[:now]
-            alike *= fade
-            alike += (share / share.sum()) @ self._used[dense, :now]
-            self._alike_limit = self._alike_limit * fade + 1.0
+            alike *= self._constants.fade
+            alike += (share / share.sum()) @ self._used.take(dense, axis=0)[:, :now]
+            self._alike_limit = self._alike_limit * self._constants.fade + 1.0
         self._used[dense, now] = share
-        self._count(start, stop, experts, share, busiest)
-        echo = self._weigh(now)
-        # Its own layer comes again in the next pass: what counts is what followed, one later.
-        self._revalue(position, echo, 1, self._clock + 1)
-        for distance in self._again:
-            other = position + distance
-            if other < self._layers:
-                self._revalue(other, echo, 0, self._clock)
-            else:
-                self._revalue(other - self._layers, echo, 1, self._clock + 1)
+        self._count(start, stop, dense, share, busiest)
+        self._weigh(now)
+        # This layer comes again in the next pass: what counts is what followed, one pass later.
+        layer = slice(start, stop)
+        heard = self._used[layer, 1 : now + 1] @ self._echo
+        self._value[layer] = self._worth(heard, layer) - self._constants.order * (
+            self._clock + 1 + self._due[start]
+        )
 
     def _begin_pass(self) -> None:
         """Go to the next column; a full history loses its older third."""
@@ -166,48 +174,51 @@ class Echo:
             self._alike_limit *= self._constants.carry
 
     def _count(
-        self, start: int, stop: int, experts: IntArray, share: FloatArray, busiest: int
+        self, start: int, stop: int, dense: IntArray, share: NDArray[np.float32], busiest: int
     ) -> None:
-        """Both decayed counts of one layer, and the logarithm of their mixture."""
-        constants = self._constants
-        fast, slow = self._fast[start:stop], self._slow[start:stop]
-        kept_fast, kept_slow = constants.fast**busiest, constants.slow**busiest
-        fast *= kept_fast
-        fast[experts] += (1.0 - kept_fast) * share
-        slow *= kept_slow
-        slow[experts] += (1.0 - kept_slow) * share
-        recent = self._recent[start:stop]
-        recent *= constants.recent_fade
-        recent[experts] = share
-        mixed = constants.fast_share * fast
-        mixed += (1.0 - constants.fast_share) * slow
-        mixed += constants.recent * recent
-        mixed += _TINY
-        np.log(mixed, out=self._log_counts[start:stop])
+        """The counts of one layer, and the logarithm of their mixture."""
+        kept = self._kept if busiest == 1 else self._kept**busiest
+        layer = self._counts[:, start:stop]
+        layer *= kept
+        self._counts[_FAST, dense] += (1.0 - kept[_FAST]) * share
+        self._counts[_SLOW, dense] += (1.0 - kept[_SLOW]) * share
+        self._counts[_RECENT, dense] = share
+        np.log(self._mixture @ layer + _TINY, out=self._log_counts[start:stop])
 
-    def _weigh(self, now: int) -> NDArray[np.float32]:
-        """How much each earlier pass tells of the present one, and what followed it, `[now]`.
+    def _weigh(self, now: int) -> None:
+        """How much each earlier pass tells of the present one, and what followed it: `_echo`.
 
         Entry `r` is the weight of pass `r`, and of the passes before it, discounted, since `r`
         followed them. Moved on by one it tells of the next pass.
         """
         if not now:
-            return np.zeros(0, np.float32)
+            return
         alike = self._alike[:now]
-        weights = np.exp(self._scale / self._alike_limit * (alike - alike.mean()))
+        weights = alike - alike.sum() / now
+        weights *= self._scale / self._alike_limit
+        np.exp(weights, out=weights)
         weights /= weights.sum() + self._constants.prior
-        return np.convolve(weights, self._future)[:now].astype(np.float32)
+        self._echo = np.convolve(weights, self._future)[:now]
 
-    def _revalue(self, position: int, echo: NDArray[np.float32], shift: int, clock: int) -> None:
-        """Keep-values of one layer whose next visit is `shift` passes on, in pass `clock`."""
-        first, last = self._bounds[position]
-        constants = self._constants
-        heard = self._used[first:last, shift : shift + len(echo)] @ echo
-        prior = constants.prior * self._visits / (constants.prior + max(len(echo), 1))
-        value = heard + prior * self._slow[first:last]
+    def _worth(self, heard: NDArray[np.float32], experts: slice | IntArray) -> FloatArray:
+        """Keep-values, but for the time until the layer, of experts with this echo."""
+        c = self._constants
+        prior = c.prior * self._visits / (c.prior + max(len(self._echo), 1))
+        value = heard + prior * self._counts[_SLOW, experts]
         value += _TINY
         np.log(value, out=value)
-        value *= constants.trust
-        value += (1.0 - constants.trust) * self._log_counts[first:last]
-        value -= constants.order * (clock + position / self._layers)
-        self._value[first:last] = value
+        value *= c.trust
+        value += (1.0 - c.trust) * self._log_counts[experts]
+        return value
+
+    def _value_now(self, experts: IntArray) -> FloatArray:
+        """Keep-values with the present resemblance, `[n]`, of any experts by dense index."""
+        now = len(self._echo)
+        used = self._used.take(experts, axis=0)
+        passed = experts < self._bounds[self._position][1]
+        heard = np.where(passed, used[:, 1 : now + 1] @ self._echo, used[:, :now] @ self._echo)
+        due = self._due[experts]
+        due += passed
+        due += self._clock
+        due *= self._constants.order
+        return self._worth(heard, experts) - due

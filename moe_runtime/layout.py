@@ -1,7 +1,7 @@
 """How experts lie in slots: as the model has them, or transposed for sums of rows.
 
-Chosen once from the spec, the device and the mode, never from what is measured, so that results do
-not depend on the run. Knows no cache.
+Chosen once from the spec, the device and the options, never from what is measured, so that results
+do not depend on the run. Knows no cache.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ from moe_runtime.model_spec import MoESpec
 __all__ = ["flipped_groups", "largest_whole_row", "lies_by_rows"]
 
 
-def lies_by_rows(spec: MoESpec, *, on_cpu: bool, exact: bool) -> bool:
-    """Whether all weights are to lie `[in, out]`: fastest for single tokens on a CPU."""
+def lies_by_rows(spec: MoESpec, layout: str, *, on_cpu: bool, exact: bool, fits: bool) -> bool:
+    """Whether all weights are to lie `[in, out]`.
+
+    Args:
+        layout: `"native"`, `"rows"` or `"auto"`.
+        fits: whether the budget holds every expert.
+    """
+    if not on_cpu or exact or layout == "native" or (layout == "auto" and not fits):
+        return False
     dtypes = {param.dtype for params in spec.groups for param in params}
-    return on_cpu and not exact and all(bags_are_fast(dtype) for dtype in dtypes)
+    return all(bags_are_fast(dtype) for dtype in dtypes)
 
 
 def flipped_groups(spec: MoESpec, *, by_rows: bool) -> tuple[bool, ...]:

@@ -6,7 +6,7 @@ No algorithm lives here; each step is a call to the part that owns it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -44,7 +44,7 @@ from moe_runtime.report import Report
 from moe_runtime.run_record import run_record
 from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, resolve_shards
 from moe_runtime.saving import ExpertStateDict
-from moe_runtime.slots import SlotPool
+from moe_runtime.slots import SlotPool, slot_bytes
 from moe_runtime.steps import begin_step
 from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store
 
@@ -116,21 +116,12 @@ class Runtime:
             views: for each layer its tensors, to be used as slots in place; None for own slots.
         """
         self._store = store
-        model = self.model
         threads = self.config.reader_threads
         grid = self.spec.grid
         self._read_forms()
-        on_cpu, exact = self.device.is_cpu, self.config.exact
-        by_rows = views is None and lies_by_rows(self.spec, on_cpu=on_cpu, exact=exact)
+        by_rows = views is None and self.by_rows()
         flips = flipped_groups(self.spec, by_rows=by_rows)
-        total, text = resolve_budget(
-            self.config.expert_budget,
-            self.spec,
-            model.config,
-            self.device.torch_device,
-            threads=threads,
-            flips=flips,
-        )
+        total, text = self._resolve(flips)
         if views is None:
             self.budget = plan_budget(
                 self.spec, total, text, threads=threads, floor=floor, disk=disk, flips=flips
@@ -181,6 +172,28 @@ class Runtime:
             self.cache.adopt_all()
         # The runtime outlives the model that it was made for where a deep copy of that goes on.
         weakref.finalize(self, self._fetcher.close)
+
+    def by_rows(self) -> bool:
+        """Whether weights are to lie transposed in the slots."""
+        total, _ = self._resolve(None)
+        everything = sum(slot_bytes(x.params) * x.num_experts for x in self.spec.layers)
+        return lies_by_rows(
+            self.spec,
+            self.config.layout,
+            on_cpu=self.device.is_cpu,
+            exact=self.config.exact,
+            fits=total >= everything,
+        )
+
+    def _resolve(self, flips: Sequence[bool] | None) -> tuple[int, str]:
+        return resolve_budget(
+            self.config.expert_budget,
+            self.spec,
+            self.model.config,
+            self.device.torch_device,
+            threads=self.config.reader_threads,
+            flips=flips,
+        )
 
     def _read_forms(self) -> None:
         model = self.model
@@ -349,7 +362,8 @@ def from_pretrained(
     device: str = "auto",
     policy: str = "lru",
     exact: bool = False,
-    reader_threads: int = 2,
+    layout: str = "native",
+    reader_threads: int = 3,
     preload: bool | str = "auto",
     auto_class: str | None = None,
     **hf_kwargs: Any,
@@ -358,7 +372,8 @@ def from_pretrained(
 
     Args:
         path_or_id: a folder or a hub id, as `AutoModelForCausalLM.from_pretrained` takes it.
-        expert_budget, host_budget, device, policy, exact, reader_threads, preload: see
+        expert_budget, host_budget, device, policy, exact, layout, reader_threads, preload:
+            see
             `RuntimeConfig`.
         auto_class: name of the auto class to load with; None for the first that knows the model.
         hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
@@ -378,6 +393,7 @@ def from_pretrained(
         device=device,
         policy=policy,
         exact=exact,
+        layout=layout,
         reader_threads=reader_threads,
         preload=preload,
     )
@@ -396,8 +412,7 @@ def from_pretrained(
     )
     model.to(place.torch_device)  # type: ignore[arg-type]
     runtime = Runtime(model, spec, config, place, paged=True, rss_before=before)
-    by_rows = lies_by_rows(spec, on_cpu=place.is_cpu, exact=exact)
-    floor = largest_whole_row(spec, experts, by_rows=by_rows)
+    floor = largest_whole_row(spec, experts, by_rows=runtime.by_rows())
     store = DiskStore(experts, spec, chunk=floor)
     runtime.open(store, floor=floor, disk=True)
     store.chunk = runtime.budget.chunk
@@ -416,7 +431,8 @@ def attach(
     device: str = "auto",
     policy: str = "lru",
     exact: bool = False,
-    reader_threads: int = 2,
+    layout: str = "native",
+    reader_threads: int = 3,
     preload: bool | str = "auto",
 ) -> PreTrainedModel:
     """Run a model that is already in memory through the runtime; its Parameters are the host tier.
@@ -440,6 +456,7 @@ def attach(
         device=device if device != "auto" else _device_name(),
         policy=policy,
         exact=exact,
+        layout=layout,
         reader_threads=reader_threads,
         preload=preload,
     )

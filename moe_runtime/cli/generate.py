@@ -56,7 +56,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")] = "auto",
     policy: PolicyOption = "lru",
     exact: ExactOption = False,
-    reader_threads: ReaderThreadsOption = 2,
+    reader_threads: ReaderThreadsOption = 3,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,

@@ -35,7 +35,7 @@ _SHARES = ("12.5%", "25%", "50%", "100%")
 def inspect(
     model: ModelArgument,
     expert_budget: ExpertBudgetOption = "auto",
-    reader_threads: ReaderThreadsOption = 2,
+    reader_threads: ReaderThreadsOption = 3,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
@@ -73,23 +73,19 @@ def _facts(path: str, hub: dict[str, Any], budget: str, threads: int) -> dict[st
 
     import moe_runtime
     from moe_runtime.budget import least_budget, plan_budget, resolve_budget
-    from moe_runtime.layout import flipped_groups, largest_whole_row, lies_by_rows
+    from moe_runtime.layout import largest_whole_row
 
     spec, experts = moe_runtime.inspect_checkpoint(path, **hub)
     named = {name: value for name, value in hub.items() if name not in {"dtype", "variant"}}
     config = AutoConfig.from_pretrained(path, **named)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    by_rows = lies_by_rows(spec, on_cpu=device.type == "cpu", exact=False)
-    floor = largest_whole_row(spec, experts, by_rows=by_rows)
-    flips = flipped_groups(spec, by_rows=by_rows)
+    floor = largest_whole_row(spec, experts, by_rows=False)
     budgets = []
     for asked in dict.fromkeys((*_SHARES, budget)):
-        total, text = resolve_budget(asked, spec, config, device, threads=threads, flips=flips)
+        total, text = resolve_budget(asked, spec, config, device, threads=threads)
         row: dict[str, Any] = {"budget": asked, "bytes": total, "works": True}
         try:
-            plan = plan_budget(
-                spec, total, text, threads=threads, floor=floor, disk=True, flips=flips
-            )
+            plan = plan_budget(spec, total, text, threads=threads, floor=floor, disk=True)
         except BudgetError as error:
             row |= {"works": False, "slots": 0, "share": 0.0, "explanation": str(error)}
         else:
@@ -118,7 +114,7 @@ def _facts(path: str, hub: dict[str, Any], budget: str, threads: int) -> dict[st
         "total_expert_bytes": spec.total_expert_bytes,
         "active_expert_bytes": sum(layer.top_k * layer.expert_bytes for layer in spec.layers),
         "dense_bytes": spec.dense_bytes,
-        "least_budget": least_budget(spec, threads=threads, floor=floor, disk=True, flips=flips),
+        "least_budget": least_budget(spec, threads=threads, floor=floor, disk=True),
         "budgets": budgets,
     }
 
