@@ -14,6 +14,7 @@ Knows no routing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from moe_runtime.kernels.reference import ExpertForm, project
@@ -59,6 +60,39 @@ def decode_bags(
     if form.finish is not None:
         out = torch.cat([form.finish(row) for row in out.split(1)])
     return out
+
+
+# Element-wise kernels take whole vectors and finish with single elements, whose last bits may
+# differ, and share more than this many elements among threads.
+_VECTORS = 128
+_SHARED = 32768
+
+
+def _activate(rows: torch.Tensor, form: ExpertForm) -> torch.Tensor:
+    """The activation of `[n, U]`; at once only where a row's bits cannot depend on the others."""
+    if rows.shape[1] % _VECTORS == 0 and rows.numel() <= _SHARED:
+        return form.activation(rows)
+    return torch.cat([form.activation(row) for row in rows.split(1)])
+
+
+def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """`inputs [n, in]`, each row times the matrix in its slot: `[n, out]`."""
+    rows, per_slot = table
+    count, width = inputs.shape
+    within, bounds = _counting(count, width)
+    return functional.embedding_bag(
+        ((places * per_slot).unsqueeze(1) + within).view(-1),
+        rows,
+        bounds,
+        mode="sum",
+        per_sample_weights=inputs.reshape(-1),
+    )
+
+
+@lru_cache(maxsize=256)
+def _counting(count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row numbers within a slot, and where each of `count` bags begins."""
+    return torch.arange(width), torch.arange(0, count * width, width)
 
 
 # Element-wise kernels take whole vectors and finish with single elements, whose last bits may
