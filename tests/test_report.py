@@ -337,4 +337,4 @@ def test_package_and_function_share_a_name(order: str) -> None:
         "from moe_runtime.report import Counters\n"
         "assert callable(moe_runtime.report)"
     )
-    subprocess.run([sys.executable, "-c", f"{order}\n{check}"], check=True)
+    subprocess.run([sys.executable, "-P", "-c", f"{order}\n{check}"], check=True)
