@@ -18,7 +18,7 @@ from moe_runtime.selection import lowest_few
 __all__ = ["Echo", "EchoConstants"]
 
 _TINY = 1e-30  # keeps the logarithm of a count that has decayed away finite
-_FAST, _SLOW, _RECENT = 0, 1, 2  # rows of the counts
+_SLOW, _RECENT = 1, 2  # rows of the counts; the fast one is row 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class Echo:
             self._begin_pass()
         self._position = position
         start, stop = self._bounds[position]
-        dense = experts + start
+        layer, dense = slice(start, stop), experts + start
         busiest = int(tokens.max(initial=1))
         share = (tokens / busiest).astype(np.float32)
         now = self._pass
@@ -146,10 +146,9 @@ class Echo:
             alike += (share / share.sum()) @ self._used.take(dense, axis=0)[:, :now]
             self._alike_limit = self._alike_limit * self._constants.fade + 1.0
         self._used[dense, now] = share
-        self._count(start, stop, dense, share, busiest)
+        self._count(layer, experts, share, busiest)
         self._weigh(now)
         # This layer comes again in the next pass: what counts is what followed, one pass later.
-        layer = slice(start, stop)
         heard = self._used[layer, 1 : now + 1] @ self._echo
         self._value[layer] = self._worth(heard, layer) - self._constants.order * (
             self._clock + 1 + self._due[start]
@@ -174,16 +173,17 @@ class Echo:
             self._alike_limit *= self._constants.carry
 
     def _count(
-        self, start: int, stop: int, dense: IntArray, share: NDArray[np.float32], busiest: int
+        self, layer: slice, experts: IntArray, share: NDArray[np.float32], busiest: int
     ) -> None:
         """The counts of one layer, and the logarithm of their mixture."""
         kept = self._kept if busiest == 1 else self._kept**busiest
-        layer = self._counts[:, start:stop]
-        layer *= kept
-        self._counts[_FAST, dense] += (1.0 - kept[_FAST]) * share
-        self._counts[_SLOW, dense] += (1.0 - kept[_SLOW]) * share
-        self._counts[_RECENT, dense] = share
-        np.log(self._mixture @ layer + _TINY, out=self._log_counts[start:stop])
+        counts = self._counts[:, layer]
+        counts *= kept
+        counts[:_RECENT, experts] += (1.0 - kept[:_RECENT]) * share
+        counts[_RECENT, experts] = share
+        mixed = self._mixture @ counts
+        mixed += _TINY
+        np.log(mixed, out=self._log_counts[layer])
 
     def _weigh(self, now: int) -> None:
         """How much each earlier pass tells of the present one, and what followed it: `_echo`.

@@ -49,8 +49,9 @@ trace_writer      | trace                                  | numpy
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
 budget            | memory model_spec slots store          | torch transformers
-eviction_learned  |                                        | numpy
-eviction          | access eviction_learned                | numpy
+selection         |                                        | numpy
+eviction_learned  | selection                              | numpy
+eviction          | access eviction_learned selection      | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
 predictors.*      | trace predictors.*                     | torch numpy safetensors
