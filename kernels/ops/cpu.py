@@ -95,34 +95,6 @@ def _counting(count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(width), torch.arange(0, count * width, width)
 
 
-# Element-wise kernels take whole vectors and finish with single elements, whose last bits may
-# differ, and share more than this many elements among threads.
-_VECTORS = 128
-_SHARED = 32768
-
-
-def _activate(rows: torch.Tensor, form: ExpertForm) -> torch.Tensor:
-    """The activation of `[n, U]`; at once only where a row's bits cannot depend on the others."""
-    if rows.shape[1] % _VECTORS == 0 and rows.numel() <= _SHARED:
-        return form.activation(rows)
-    return torch.cat([form.activation(row) for row in rows.split(1)])
-
-
-def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """`inputs [n, in]`, each row times the matrix in its slot: `[n, out]`."""
-    rows, per_slot = table
-    count, width = inputs.shape
-    first = places * per_slot
-    numbers = (first.unsqueeze(1) + torch.arange(width)).view(-1)
-    return functional.embedding_bag(
-        numbers,
-        rows,
-        torch.arange(0, count * width, width),
-        mode="sum",
-        per_sample_weights=inputs.reshape(-1),
-    )
-
-
 def decode_loop(
     hidden: torch.Tensor, experts: Sequence[tuple[torch.Tensor, ...]], form: ExpertForm
 ) -> torch.Tensor:
