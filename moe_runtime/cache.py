@@ -147,6 +147,25 @@ class ExpertCache:
         self.counters.misses[position] += len(misses)
         return hits, misses
 
+    def take_hits(self, access: Access, experts: Sequence[int]) -> list[int] | None:
+        """Take in a layer step whose experts are all resident, without pinning them.
+
+        For a caller that computes them before it asks for anything else.
+
+        Args:
+            experts: the experts of `access` in any order.
+
+        Returns:
+            Their slots in that order; None, and nothing is changed, if one of them is absent.
+        """
+        offset = self._offsets[access.position]
+        slots = [self._slot_of[offset + expert] for expert in experts]
+        if min(slots) < 0:
+            return None
+        self.policy.observe(access.position, access.experts, access.tokens)
+        self.counters.hits[access.position] += len(slots)
+        return slots
+
     def grant(self, position: int, experts: Sequence[int]) -> list[int]:
         """Give slots to as many of these absent experts as can have one, in order.
 

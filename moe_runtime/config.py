@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_runtime.core import parse_bytes, parse_share
@@ -26,6 +26,7 @@ class RuntimeConfig:
         host_budget: the same for the pinned host tier, which exists only beside a GPU.
         device: where the model computes: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`.
         policy: name of the eviction policy.
+        policy_options: its options, for example `{"counts": [...]}` for `"static"`.
         exact: compute as transformers' eager experts do, bit for bit, instead of fast.
         layout: how weights lie in slots on a CPU: `"native"`, as the model has them; `"rows"`,
             transposed, so that single tokens decode at memory bandwidth but each miss pays for the
@@ -40,6 +41,7 @@ class RuntimeConfig:
     host_budget: int | str = "auto"
     device: str = "auto"
     policy: str = "lru"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
     layout: str = "native"
     reader_threads: int = 3
@@ -76,5 +78,6 @@ class RuntimeConfig:
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a run file."""
-        return dataclasses.asdict(self)
+        """Plain data for a run file; of the policy's options only their names."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return plain | {"policy_options": sorted(self.policy_options)}

@@ -226,13 +226,15 @@ class Executor:
         self, handle: LayerHandle, hidden: torch.Tensor, chosen: list[int], access: Access
     ) -> torch.Tensor:
         """One token on the CPU: contributions `[K, D']` in the order of its choices."""
+        slots = self.cache.take_hits(access, chosen)
+        if slots is not None:
+            rows = self._token_rows(handle, hidden, slots)
+            self.profiler.layer_step(access, 0, 0, 0.0)
+            return rows
         outputs: torch.Tensor | None = None
-        for ready in self._in_ready_order(access):
-            experts = chosen if len(ready) == len(chosen) else ready
-            rows = self._token_rows(handle, hidden, experts)
-            if len(experts) == len(chosen):
-                outputs = rows
-                continue
+        for experts in self._in_ready_order(access):
+            slots = self.cache.slots_of(handle.position, experts)
+            rows = self._token_rows(handle, hidden, slots)
             if outputs is None:
                 outputs = rows.new_empty(len(chosen), rows.shape[-1])
             outputs[[chosen.index(expert) for expert in experts]] = rows
@@ -240,15 +242,14 @@ class Executor:
         return outputs
 
     def _token_rows(
-        self, handle: LayerHandle, hidden: torch.Tensor, experts: list[int]
+        self, handle: LayerHandle, hidden: torch.Tensor, slots: list[int]
     ) -> torch.Tensor:
         """Outputs `[n, D']` of some experts on one token; a row's bits are its expert's alone."""
         group = self.cache.group(handle.position)
-        tables = self._tables[group]
+        pool, tables = self._pools[group], self._tables[group]
         if tables is None:
-            return decode_loop(hidden, self._held(handle, experts), handle.form)
-        slots = self.cache.slots_of(handle.position, experts)
-        return decode_bags(hidden, slots, tables, self._pools[group].stacked, handle.form)
+            return decode_loop(hidden, [pool.tensors(slot) for slot in slots], handle.form)
+        return decode_bags(hidden, slots, tables, pool.stacked, handle.form)
 
     def _many(
         self, handle: LayerHandle, hidden: torch.Tensor, choices: int, routing: LayerRouting

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -75,7 +76,14 @@ def sort_single(position: int, chosen: Sequence[int], num_experts: int) -> Acces
     if ascending[-1] >= num_experts or len(set(ascending)) != len(ascending):
         return None
     experts = np.array(ascending, np.int64)
-    return Access(position=position, experts=experts, tokens=np.ones(len(ascending), np.int64))
+    return Access(position=position, experts=experts, tokens=_ones(len(ascending)))
+
+
+@lru_cache
+def _ones(count: int) -> IntArray:
+    ones = np.ones(count, np.int64)
+    ones.setflags(write=False)
+    return ones
 
 
 def _runs(ordered: IntArray) -> tuple[IntArray, IntArray]:

@@ -5,8 +5,9 @@ No algorithm lives here; each step is a call to the part that owns it.
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -59,6 +60,7 @@ __all__ = [
     "runtime_of",
 ]
 
+_LOG = logging.getLogger("moe_runtime")
 _RUNTIME = "_moe_runtime"
 _HOOKS = "_moe_runtime_hooks"
 
@@ -148,7 +150,7 @@ class Runtime:
                 pools=0,
                 explanation="the model's own Parameters serve as slots; no memory is freed",
             )
-        policy = make_policy(self.config.policy, grid, **self._policy_options())
+        policy = make_policy(self.config.policy, grid, **self.config.policy_options)
         self.cache = ExpertCache(grid, groups, counts, policy)
         self._fetcher = Fetcher(
             store,
@@ -200,9 +202,6 @@ class Runtime:
         self._forms = [
             expert_form(model.get_submodule(layer.path), layer) for layer in self.spec.layers
         ]
-
-    def _policy_options(self) -> dict[str, Any]:
-        return {}
 
     def _host_tier(self) -> HostTier:
         """Pinned memory for as many experts as `host_budget` allows, and enough for one step."""
@@ -361,6 +360,7 @@ def from_pretrained(
     host_budget: int | str = "auto",
     device: str = "auto",
     policy: str = "lru",
+    policy_options: Mapping[str, Any] | None = None,
     exact: bool = False,
     layout: str = "native",
     reader_threads: int = 3,
@@ -372,8 +372,8 @@ def from_pretrained(
 
     Args:
         path_or_id: a folder or a hub id, as `AutoModelForCausalLM.from_pretrained` takes it.
-        expert_budget, host_budget, device, policy, exact, layout, reader_threads, preload:
-            see
+        expert_budget, host_budget, device, policy, policy_options, exact, layout, reader_threads,
+            preload: see
             `RuntimeConfig`.
         auto_class: name of the auto class to load with; None for the first that knows the model.
         hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
@@ -392,6 +392,7 @@ def from_pretrained(
         host_budget=host_budget,
         device=device,
         policy=policy,
+        policy_options=policy_options or {},
         exact=exact,
         layout=layout,
         reader_threads=reader_threads,
@@ -418,6 +419,7 @@ def from_pretrained(
     store.chunk = runtime.budget.chunk
     _place_placeholders(model, spec, place)
     runtime.install()
+    _LOG.info("%s: %s", path_or_id, runtime.budget.explanation)
     ExpertStateDict(runtime, experts).install(model)
     _preload(runtime)
     return result
@@ -430,6 +432,7 @@ def attach(
     host_budget: int | str = "auto",
     device: str = "auto",
     policy: str = "lru",
+    policy_options: Mapping[str, Any] | None = None,
     exact: bool = False,
     layout: str = "native",
     reader_threads: int = 3,
@@ -455,6 +458,7 @@ def attach(
         host_budget=host_budget,
         device=device if device != "auto" else _device_name(),
         policy=policy,
+        policy_options=policy_options or {},
         exact=exact,
         layout=layout,
         reader_threads=reader_threads,
@@ -475,7 +479,9 @@ def attach(
     runtime = Runtime(model, spec, config, place, paged=False, rss_before=resident_set())
     in_place = place.is_cpu and expert_budget == "auto"
     runtime.open(ParameterStore(stacked), floor=0, disk=False, views=stacked if in_place else None)
-    if not place.is_cpu:
+    if place.is_cpu:
+        _LOG.warning("attach frees no memory on a CPU: the model's experts stay in RAM")
+    else:
         _move_dense(model, spec, place.torch_device)
     runtime.install()
     if not in_place:

@@ -18,7 +18,6 @@ from functools import lru_cache
 
 import torch
 from moe_runtime.kernels.reference import ExpertForm, project
-from torch.nn import functional
 
 __all__ = ["Table", "bags_are_fast", "decode_bags", "decode_loop"]
 
@@ -80,13 +79,11 @@ def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor) -> torch.Ten
     rows, per_slot = table
     count, width = inputs.shape
     within, bounds = _counting(count, width)
-    return functional.embedding_bag(
-        ((places * per_slot).unsqueeze(1) + within).view(-1),
-        rows,
-        bounds,
-        mode="sum",
-        per_sample_weights=inputs.reshape(-1),
-    )
+    numbers = ((places * per_slot).unsqueeze(1) + within).view(-1)
+    # The operator itself: what `functional.embedding_bag` checks before it holds here.
+    return torch.embedding_bag(
+        rows, numbers, bounds, False, 0, False, inputs.reshape(-1), False, None
+    )[0]
 
 
 @lru_cache(maxsize=256)
