@@ -235,7 +235,11 @@ def test_a_sliding_window_with_a_static_cache(tmp_path: Path) -> None:
 
 # -- the compiler --------------------------------------------------------------------------------
 
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+BACKENDS = [
+    "eager",
+    pytest.param("aot_eager", marks=pytest.mark.slow),
+    pytest.param("inductor", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
