@@ -31,6 +31,7 @@ from moe_runtime.core import ExpertGrid
 from moe_runtime.eviction import Belady, EvictionPolicy, make_policy
 from moe_runtime.eviction_learned import Echo, EchoConstants
 from moe_runtime.simulate import simulate
+from moe_runtime.trace import RoutingTrace
 from moe_runtime.version import __version__
 from shared_traces import TRACE_NAMES, load_shared_traces
 
@@ -56,15 +57,25 @@ BOX: dict[str, tuple[float, float]] = {
 }
 LFU_DECAYS = (0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99)
 
+SIMPLE = ("lru", "lfu", "echo")
+LONG = "qwen1.5-moe-a2.7b"  # the model with several runs
+
 Maker = Callable[[ExpertGrid], EvictionPolicy]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """One run, ready to replay: the prompt's layer steps, then the decoded ones."""
+    """One run, ready to replay.
+
+    Args:
+        prompt: the prompt's layer steps, one forward call for all of it.
+        prompt_tokens: the prompt's layer steps as if its tokens had come one by one.
+        decoded: the layer steps of decoding, which alone are simulated.
+    """
 
     grid: ExpertGrid
     prompt: list[Access]
+    prompt_tokens: list[Access]
     decoded: list[Access]
 
     def slots(self, share: float) -> int:
@@ -96,17 +107,26 @@ class TimedPolicy:
 
 def recordings(folder: Path) -> dict[str, list[Recording]]:
     """The shared traces by model, as lists of layer steps."""
+
+    def recording(trace: RoutingTrace) -> Recording:
+        prompt = trace.prefill()
+        one_by_one = replace(prompt, step_ids=np.arange(len(prompt), dtype=np.int32))
+        return Recording(
+            grid=trace.grid,
+            prompt=prompt.accesses(),
+            prompt_tokens=one_by_one.accesses(),
+            decoded=trace.decode().accesses(),
+        )
+
     return {
-        name: [
-            Recording(
-                grid=trace.grid,
-                prompt=trace.prefill().accesses(),
-                decoded=trace.decode().accesses(),
-            )
-            for trace in traces
-        ]
+        name: [recording(trace) for trace in traces]
         for name, traces in load_shared_traces(folder).items()
     }
+
+
+def one_after_another(runs: Sequence[Recording]) -> Recording:
+    """The runs of a model as one long run: other themes follow, the cache stays warm."""
+    return replace(runs[0], decoded=[access for run in runs for access in run.decoded])
 
 
 def optimum(runs: Sequence[Recording], share: float) -> tuple[int, int]:
@@ -119,24 +139,27 @@ def optimum(runs: Sequence[Recording], share: float) -> tuple[int, int]:
 
 
 def replay(
-    make: Maker, runs: Sequence[Recording], share: float, *, after_prompt: bool = False
+    make: Maker, runs: Sequence[Recording], share: float, *, known: str = "nothing"
 ) -> tuple[int, float]:
-    """Misses over the runs of a model, and microseconds of the policy per layer step."""
+    """Misses over the runs of a model, and microseconds of the policy per layer step.
+
+    `known` is what the policy has taken in before; the cache is cold whatever it is.
+    """
     misses, seconds, steps = 0, 0.0, 0
     for run in runs:
         policy = TimedPolicy(make(run.grid))
-        if after_prompt:
-            for access in run.prompt:
-                policy.observe(access.position, access.experts, access.tokens)
+        seen = {"nothing": [], "prompt": run.prompt, "prompt tokens": run.prompt_tokens}[known]
+        for access in seen:
+            policy.observe(access.position, access.experts, access.tokens)
         misses += simulate(policy, run.grid, run.decoded, run.slots(share)).misses
         seconds, steps = seconds + policy.seconds, steps + policy.steps
     return misses, 1e6 * seconds / steps
 
 
 def draw_constants(count: int) -> list[EchoConstants]:
-    """`count` seeded draws from the box, the defaults first."""
+    """`count` seeded draws from the box; not the defaults, which know all four traces."""
     generator = np.random.default_rng(SEED)
-    drawn = [EchoConstants()]
+    drawn: list[EchoConstants] = []
     while len(drawn) < count:
         values = {name: float(generator.uniform(*span)) for name, span in BOX.items()}
         drawn.append(replace(EchoConstants(), **{k: round(v, 4) for k, v in values.items()}))
@@ -188,7 +211,7 @@ def measure(
     progress: Progress,
 ) -> dict[str, Any]:
     """The table: policy -> share -> hits and ratio of each trace, mean, worst, cost."""
-    after = {"echo after prompt"}
+    known = {"echo after prompt": "prompt", "echo after prompt tokens": "prompt tokens"}
     task = progress.add_task("policies", total=len(makers) * len(SHARES) * len(TRACE_NAMES))
     table: dict[str, Any] = {}
     for policy, by_model in makers.items():
@@ -198,7 +221,7 @@ def measure(
             for name in TRACE_NAMES:
                 least, requests = bounds[name, share]
                 misses, cost = replay(
-                    by_model[name], data[name], share, after_prompt=policy in after
+                    by_model[name], data[name], share, known=known.get(policy, "nothing")
                 )
                 traces[name] = {
                     "hit_rate": round(1 - misses / requests, 4),
@@ -242,6 +265,17 @@ def static_table(
             "traces": traces,
         }
     return table
+
+
+def long_run(run: Recording, makers: dict[str, Maker]) -> dict[str, Any]:
+    """Ratios on one long run: share -> policy -> bytes over Belady."""
+    result: dict[str, Any] = {"tokens": sum(access.position == 0 for access in run.decoded)}
+    for share in SHARES:
+        least = optimum([run], share)[0]
+        result[str(share)] = {
+            name: round(replay(make, [run], share)[0] / least, 4) for name, make in makers.items()
+        }
+    return result
 
 
 def show(table: dict[str, Any], console: Console) -> None:
@@ -315,8 +349,11 @@ def main() -> None:
                 for name in TRACE_NAMES
             },
             "echo": {name: lambda grid, c=left_out[name]: Echo(grid, c) for name in TRACE_NAMES},
-            "echo after prompt": {
-                name: lambda grid, c=left_out[name]: Echo(grid, c) for name in TRACE_NAMES
+            **{
+                name: {
+                    model: lambda grid, c=left_out[model]: Echo(grid, c) for model in TRACE_NAMES
+                }
+                for name in ("echo after prompt", "echo after prompt tokens")
             },
             "echo, shipped constants": {
                 name: lambda grid: make_policy("echo", grid) for name in TRACE_NAMES
@@ -324,12 +361,14 @@ def main() -> None:
         }
         table = measure(data, bounds, makers, progress)
         table["static"] = static_table(data, bounds)
+        long = long_run(one_after_another(data[LONG]), {n: makers[n][LONG] for n in SIMPLE})
     result = {
         "what": "misses (bytes, experts of equal size) over those of the global Belady with the "
         "same slots; decode only, cold cache, one pool over all layers",
         "constants": "lfu and echo: fitted on the three other models; 'shipped constants': fitted "
         "on all four; the form of echo and the box were chosen looking at all four",
-        "after prompt": "the policy has seen the prompt's counts as one step; the cache is cold",
+        "after prompt": "the policy has taken in the prompt as one step, as in the runtime; 'after "
+        "prompt tokens': one by one, which the runtime does not do; the cache is cold",
         "static counts": "of the model's other runs; of the prompt where there is one run",
         "belady": {
             name: {str(share): round(1 - bounds[name, share][0] / bounds[name, share][1], 4)
@@ -337,6 +376,7 @@ def main() -> None:
             for name in TRACE_NAMES
         },
         "policies": table,
+        "long run": {"model": LONG, "what": "its runs one after another, cold once", **long},
         "fitted": fitted,
         "machine": machine(),
     }  # fmt: skip

@@ -23,7 +23,7 @@ _SLOW, _RECENT = 1, 2  # rows of the counts; the fast one is row 0
 
 @dataclass(frozen=True, kw_only=True)
 class EchoConstants:
-    """The constants of `Echo`; the defaults were fitted by `bench/policies.py --fit`.
+    """The constants of `Echo`; the defaults are rounded from what `bench/policies.py` fitted.
 
     Args:
         sharpness: how strongly resemblance decides which earlier passes are listened to.
@@ -42,19 +42,19 @@ class EchoConstants:
         history: passes remembered at most.
     """
 
-    sharpness: float = 2.0
+    sharpness: float = 1.76
     fade: float = 0.8
-    carry: float = 0.5
-    discount: float = 0.4
+    carry: float = 0.64
+    discount: float = 0.51
     horizon: int = 3
-    prior: float = 1.0
-    fast: float = 0.8
+    prior: float = 9.2
+    fast: float = 0.9
     slow: float = 0.96
-    fast_share: float = 0.5
-    recent: float = 0.1
-    recent_fade: float = 0.7
-    trust: float = 0.5
-    order: float = 0.9
+    fast_share: float = 0.56
+    recent: float = 0.18
+    recent_fade: float = 0.54
+    trust: float = 0.56
+    order: float = 1.27
     doubtful: int = 16
     history: int = 160
 
