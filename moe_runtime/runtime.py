@@ -6,6 +6,7 @@ No algorithm lives here; each step is a call to the part that owns it.
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -354,7 +355,7 @@ class Runtime:
 
 
 def from_pretrained(
-    path_or_id: str,
+    path_or_id: str | os.PathLike[str],
     *,
     expert_budget: int | str = "auto",
     host_budget: int | str = "auto",
@@ -400,7 +401,7 @@ def from_pretrained(
     )
     place = open_device(device)
     before = resident_set()
-    path_or_id = str(path_or_id)
+    path_or_id = os.fspath(path_or_id)
     options = _check_options(hf_kwargs)
     model_config = read_config(path_or_id, options)
     cls = resolve_class(model_config, auto_class)
@@ -540,7 +541,7 @@ def runtime_of(model: PreTrainedModel) -> Runtime:
 
 
 def inspect_checkpoint(
-    path_or_id: str, *, auto_class: str | None = None, **hf_kwargs: Any
+    path_or_id: str | os.PathLike[str], *, auto_class: str | None = None, **hf_kwargs: Any
 ) -> tuple[MoESpec, ExpertMap]:
     """Structure and byte ranges of a checkpoint's experts, without loading a weight.
 
@@ -548,6 +549,7 @@ def inspect_checkpoint(
         As `from_pretrained`.
     """
     options = _check_options(hf_kwargs)
+    path_or_id = os.fspath(path_or_id)
     config = read_config(path_or_id, options)
     cls = resolve_class(config, auto_class)
     files = _open_files(path_or_id, options)
