@@ -4,6 +4,7 @@ plain transformers, and a way to let a read of an expert fail."""
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks a hub
 
@@ -28,6 +29,8 @@ hypothesis.settings.load_profile("house")
 
 def pytest_configure() -> None:
     """One thread for models this small; a test that wants more sets and restores it."""
+    # A shell that starts the tests in the background ignores Ctrl-C for them; some tests press it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
