@@ -94,10 +94,6 @@ class ExpertMap:
     segments: tuple[tuple[tuple[Segment, ...], ...], ...]
     keys: tuple[Mapping[str, StoredTensor], ...]
 
-    def stored_bytes(self, position: int, expert: int) -> int:
-        """Bytes that one expert takes on disk."""
-        return sum(segment.nbytes for segment in self.segments[position][expert])
-
 
 # One expert's tensor while the conversion is followed: the ranges that make it, in target rows.
 _Pieces = list[Segment]

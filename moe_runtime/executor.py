@@ -1,10 +1,9 @@
 """The experts' forward: computes each MoE layer with what is held, fetching what is not.
 
-Residents compute while
-the missing experts are being read; when a layer needs more experts than there are slots, slots are
-refilled as experts finish, and one expert's tokens are never split. Contributions are stored by
-(choice, token) and summed at the end in a fixed order, so that results do not depend on what was
-resident or on the order in which reads ended.
+Residents compute while the missing experts are being read; when a layer needs more experts than
+there are slots, slots are refilled as experts finish, and one expert's tokens are never split.
+Contributions are stored by (choice, token) and summed at the end in a fixed order, so that results
+do not depend on what was resident or on the order in which reads ended.
 
 Knows the cache, the transfers and the kernels; not where weights come from, nor models.
 """
@@ -388,7 +387,7 @@ class Executor:
         self.profiler.stall_seconds[position] += step.stall
         self.profiler.layer_step(access, step.misses, step.nbytes, step.stall)
 
-    def preload(self, progress: Callable[[int], None] | None = None) -> None:
+    def preload(self) -> None:
         """Fill free slots with experts in order, layer by layer, as far as they go."""
         with self._lock:
             try:
@@ -398,10 +397,7 @@ class Executor:
                     self._submit(position, self.cache.grant(position, absent))
                     step = _LayerStep(position)
                     for _ in absent:
-                        expert = self._take(step)
-                        self.cache.release(position, [expert])
-                        if progress is not None:
-                            progress(1)
+                        self.cache.release(position, [self._take(step)])
                     self.profiler.bytes_read[position] += step.nbytes
                     self.profiler.host_bytes[position] += step.host_bytes
             except BaseException:

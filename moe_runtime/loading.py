@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -21,6 +22,7 @@ from moe_runtime.model_spec import (
     find_experts_modules,
     read_spec,
 )
+from moe_runtime.safetensors_index import HUB_OPTIONS
 
 __all__ = ["Structure", "build_structure", "load_without_experts", "resolve_class"]
 
@@ -31,17 +33,7 @@ _AUTO_CLASSES = (
     "AutoModelForMultimodalLM",
     "AutoModelForSeq2SeqLM",
 )
-_CONFIG_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "proxies",
-    "local_files_only",
-    "token",
-    "revision",
-    "subfolder",
-    "trust_remote_code",
-    "code_revision",
-)
+_CONFIG_OPTIONS = (*HUB_OPTIONS, "trust_remote_code", "code_revision")
 
 
 @dataclass(kw_only=True)
@@ -174,8 +166,6 @@ def build_structure(
     cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: Any
 ) -> tuple[PreTrainedModel, Structure]:
     """The model on the meta device, for its structure alone: no memory, no files."""
-    import torch
-
     before = torch.get_default_dtype()
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         torch.set_default_dtype(dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_runtime.core import ExpertGrid, ExpertId
+from moe_runtime.core import ExpertGrid
 from moe_runtime.errors import UnsupportedModelError
 
 __all__ = [
@@ -132,10 +132,6 @@ class MoESpec:
         ]
         text = json.dumps([self.model_class, structure], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def expert_name(self, index: int) -> ExpertId:
-        """The expert with this dense index."""
-        return self.grid.expert_id(index)
 
 
 def find_experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

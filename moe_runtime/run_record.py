@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import torch
 import transformers
 
-from moe_runtime.access import Access
 from moe_runtime.budget import BudgetPlan
 from moe_runtime.cache import ExpertCache
 from moe_runtime.config import RuntimeConfig
@@ -25,7 +23,7 @@ from moe_runtime.profiler import Profiler
 from moe_runtime.simulate import simulate
 from moe_runtime.version import __version__
 
-__all__ = ["machine", "run_record", "simulate_policies"]
+__all__ = ["machine", "run_record"]
 
 
 def run_record(
@@ -157,16 +155,14 @@ def _simulation(
     """
     if len(budget.slots) != 1 or not profiler.accesses or profiler.dropped_accesses:
         return None
-    return simulate_policies(spec, profiler.accesses, budget.slots[0], (config.policy,))
-
-
-def simulate_policies(
-    spec: MoESpec, accesses: Sequence[Access], slots: int, names: Sequence[str]
-) -> dict[str, Any]:
-    """Hits and misses of LRU, the named policies and Belady on one access sequence."""
+    slots, accesses = budget.slots[0], profiler.accesses
+    policies = {
+        "lru": make_policy("lru", spec.grid),
+        config.policy: make_policy(config.policy, spec.grid, **config.policy_options),
+        "belady": Belady(spec.grid, accesses),
+    }
     result: dict[str, Any] = {"slots": slots, "accesses": len(accesses)}
-    policies = {name: make_policy(name, spec.grid) for name in ("lru", *names) if name != "static"}
-    for name, policy in [*policies.items(), ("belady", Belady(spec.grid, accesses))]:
+    for name, policy in policies.items():
         outcome = simulate(policy, spec.grid, accesses, slots)
         result[name] = {"hits": outcome.hits, "misses": outcome.misses}
     return result

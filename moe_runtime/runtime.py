@@ -48,7 +48,7 @@ from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, reso
 from moe_runtime.saving import ExpertStateDict
 from moe_runtime.slots import SlotPool, slot_bytes
 from moe_runtime.steps import begin_step
-from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store
+from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store, Tensors
 
 __all__ = [
     "Runtime",
@@ -99,7 +99,6 @@ class Runtime:
         self._forms: list[ExpertForm] = []
         self._previous: dict[str, Any] = {}
         self._finalizers: list[weakref.finalize[Any, Any]] = []
-        self._store: Store
         self._fetcher: Fetcher
         self._recorders: list[Recorder] = []
 
@@ -109,23 +108,30 @@ class Runtime:
 
     # -- building -------------------------------------------------------------------------------
 
-    def open(self, store: Store, *, floor: int, disk: bool, views: list[Any] | None = None) -> None:
-        """Make slots, cache and executor.
+    def open(
+        self,
+        *,
+        experts: ExpertMap | None = None,
+        stacked: Sequence[Tensors] = (),
+        in_place: bool = False,
+    ) -> None:
+        """Make store, slots, cache and executor.
 
         Args:
-            store: where experts come from.
-            floor: the smallest piece that the store can read.
-            disk: whether the store reads files.
-            views: for each layer its tensors, to be used as slots in place; None for own slots.
+            experts: where the checkpoint's files hold each expert; None if they are in memory.
+            stacked: else, for each layer its tensors `[experts, ...]`.
+            in_place: these tensors serve as slots; nothing is allocated.
         """
-        self._store = store
         threads = self.config.reader_threads
         grid = self.spec.grid
         self._read_forms()
-        by_rows = views is None and self.by_rows()
+        # Decided once: with an automatic budget free memory could tell otherwise a moment later.
+        by_rows = not in_place and self._by_rows()
+        floor = largest_whole_row(self.spec, experts, by_rows=by_rows) if experts else 0
+        disk = experts is not None
         flips = flipped_groups(self.spec, by_rows=by_rows)
         total, text = self._resolve(flips)
-        if views is None:
+        if not in_place:
             self.budget = plan_budget(
                 self.spec, total, text, threads=threads, floor=floor, disk=disk, flips=flips
             )
@@ -140,7 +146,7 @@ class Runtime:
             groups = list(range(len(self.spec.layers)))
             pools = [
                 SlotPool.over(layer.params, tensors)
-                for layer, tensors in zip(self.spec.layers, views, strict=True)
+                for layer, tensors in zip(self.spec.layers, stacked, strict=True)
             ]
             self.budget = BudgetPlan(
                 total=0,
@@ -153,6 +159,9 @@ class Runtime:
             )
         policy = make_policy(self.config.policy, grid, **self.config.policy_options)
         self.cache = ExpertCache(grid, groups, counts, policy)
+        store: Store = ParameterStore(stacked)
+        if experts is not None:
+            store = DiskStore(experts, self.spec, chunk=self.budget.chunk)
         self._fetcher = Fetcher(
             store,
             self.device,
@@ -171,12 +180,12 @@ class Runtime:
         )
         if by_rows:
             self._forms = [replace(form, transposed=True) for form in self._forms]
-        if views is not None:
+        if in_place:
             self.cache.adopt_all()
         # The runtime outlives the model that it was made for where a deep copy of that goes on.
         weakref.finalize(self, self._fetcher.close)
 
-    def by_rows(self) -> bool:
+    def _by_rows(self) -> bool:
         """Whether weights are to lie transposed in the slots."""
         total, _ = self._resolve(None)
         everything = sum(slot_bytes(x.params) * x.num_experts for x in self.spec.layers)
@@ -374,8 +383,7 @@ def from_pretrained(
     Args:
         path_or_id: a folder or a hub id, as `AutoModelForCausalLM.from_pretrained` takes it.
         expert_budget, host_budget, device, policy, policy_options, exact, layout, reader_threads,
-            preload: see
-            `RuntimeConfig`.
+            preload: see `RuntimeConfig`.
         auto_class: name of the auto class to load with; None for the first that knows the model.
         hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
 
@@ -414,10 +422,7 @@ def from_pretrained(
     )
     model.to(place.torch_device)  # type: ignore[arg-type]
     runtime = Runtime(model, spec, config, place, paged=True, rss_before=before)
-    floor = largest_whole_row(spec, experts, by_rows=runtime.by_rows())
-    store = DiskStore(experts, spec, chunk=floor)
-    runtime.open(store, floor=floor, disk=True)
-    store.chunk = runtime.budget.chunk
+    runtime.open(experts=experts)
     _place_placeholders(model, spec, place)
     runtime.install()
     _LOG.info("%s: %s", path_or_id, runtime.budget.explanation)
@@ -457,7 +462,7 @@ def attach(
     config = RuntimeConfig(
         expert_budget=expert_budget,
         host_budget=host_budget,
-        device=device if device != "auto" else _device_name(),
+        device=device,
         policy=policy,
         policy_options=policy_options or {},
         exact=exact,
@@ -465,10 +470,10 @@ def attach(
         reader_threads=reader_threads,
         preload=preload,
     )
-    place = open_device(config.device)
+    place = open_device(device)
     spec = read_spec(model)
     stacked = [
-        tuple(_parameter(model, layer.path, param.name).data for param in layer.params)
+        tuple(model.get_parameter(f"{layer.path}.{p.name}").data for p in layer.params)
         for layer in spec.layers
     ]
     away = {t.device.type for tensors in stacked for t in tensors} - {"cpu"}
@@ -479,7 +484,7 @@ def attach(
         )
     runtime = Runtime(model, spec, config, place, paged=False, rss_before=resident_set())
     in_place = place.is_cpu and expert_budget == "auto"
-    runtime.open(ParameterStore(stacked), floor=0, disk=False, views=stacked if in_place else None)
+    runtime.open(stacked=stacked, in_place=in_place)
     if place.is_cpu:
         _LOG.warning("attach frees no memory on a CPU: the model's experts stay in RAM")
     else:
@@ -602,14 +607,6 @@ def _preload(runtime: Runtime) -> None:
     fits = sum(runtime.budget.slots) >= runtime.spec.grid.size
     if runtime.config.preload is True or (runtime.config.preload == "auto" and fits):
         runtime.executor.preload()
-
-
-def _device_name() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter:
-    return model.get_parameter(f"{path}.{name}")
 
 
 def _move_dense(model: nn.Module, spec: MoESpec, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from moe_runtime.errors import CheckpointError
 
-__all__ = ["CheckpointFiles", "StoredTensor", "open_checkpoint", "resolve_shards"]
+__all__ = ["HUB_OPTIONS", "CheckpointFiles", "StoredTensor", "open_checkpoint", "resolve_shards"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,7 +35,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _MAX_HEADER = 100_000_000  # the format's own limit
-_HUB_OPTIONS = (
+HUB_OPTIONS = (
     "cache_dir",
     "force_download",
     "proxies",
@@ -72,7 +72,7 @@ def resolve_shards(path_or_id: str, *, variant: str | None, **options: Any) -> l
     Raises:
         CheckpointError: no safetensors file, or a shard that the index names is missing.
     """
-    hub = {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
+    hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     infix = f".{variant}" if variant else ""
     single = _find(path_or_id, f"model{infix}.safetensors", hub)
     if single is not None:

@@ -5,9 +5,8 @@ Read off the arguments of the model's own forward by a hook; knows no experts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ class Step:
     real: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
     places: torch.Tensor | None = None
-    began: float = field(default_factory=time.perf_counter)
 
     @property
     def tokens(self) -> int:

@@ -85,7 +85,7 @@ class Piece:
     """A part of one expert's transfer, small enough for a bounce buffer.
 
     Args:
-        segment: the range that it belongs to, None for a copy between host tensors.
+        segment: the range that it belongs to.
         first: first row of the range, as stored.
         rows: rows of it.
     """

@@ -20,11 +20,23 @@ import transformers
 from transformers import Qwen3MoeForCausalLM
 
 from moe_runtime import store
+from outputs import Checkpoint, odd_model
 from running import FailAt
 from tiny import FORMS, SHARD_SIZE, VOCAB, TinyCheckpoints, tiny_model
 
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("house")
+
+
+OUTPUT_CASES = {
+    "float32": ("tiny", torch.float32, "native"),
+    "bfloat16": ("tiny", torch.bfloat16, "native"),
+    "odd-float32": ("odd", torch.float32, "native"),
+    "odd-bfloat16": ("odd", torch.bfloat16, "native"),
+    "float32-rows": ("tiny", torch.float32, "rows"),
+    "bfloat16-rows": ("tiny", torch.bfloat16, "rows"),
+    "odd-float32-rows": ("odd", torch.float32, "rows"),
+}
 
 
 def pytest_configure() -> None:
@@ -102,3 +114,21 @@ def fail_at(monkeypatch: pytest.MonkeyPatch) -> FailAt:
         monkeypatch.setattr(store, "read_range", read)
 
     return arrange
+
+
+@pytest.fixture(scope="session")
+def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The other tiny model, of awkward sizes."""
+    path = tmp_path_factory.mktemp("odd")
+    odd_model().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session", params=OUTPUT_CASES.values(), ids=OUTPUT_CASES.keys())
+def checkpoint(
+    request: pytest.FixtureRequest, tiny_checkpoints: TinyCheckpoints, odd_checkpoint: Path
+) -> Checkpoint:
+    """A checkpoint, and the dtype and layout to run it in."""
+    name, dtype, layout = request.param
+    path = odd_checkpoint if name == "odd" else tiny_checkpoints.per_expert
+    return path, {"dtype": dtype, "layout": layout}

@@ -21,6 +21,7 @@ from tiny import EXPERTS, HIDDEN, TOP_K, VOCAB
 NEW = 4  # tokens added to each prompt
 
 Outputs: TypeAlias = list[torch.Tensor]
+Checkpoint: TypeAlias = tuple[Path, dict[str, Any]]  # a folder, and options to load it with
 
 
 def prompts() -> list[dict[str, torch.Tensor]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,38 +15,17 @@ from transformers import PreTrainedModel
 
 import moe_runtime
 from moe_runtime.store import DiskStore
-from outputs import deviation, least, load, load_plain, odd_model, outputs, prompts, same_bits
+from outputs import (
+    Checkpoint,
+    deviation,
+    least,
+    load,
+    load_plain,
+    outputs,
+    prompts,
+    same_bits,
+)
 from tiny import LAYERS, VOCAB, TinyCheckpoints
-
-Checkpoint = tuple[Path, dict[str, Any]]
-
-CASES = {
-    "float32": ("tiny", torch.float32, "native"),
-    "bfloat16": ("tiny", torch.bfloat16, "native"),
-    "odd-float32": ("odd", torch.float32, "native"),
-    "odd-bfloat16": ("odd", torch.bfloat16, "native"),
-    "float32-rows": ("tiny", torch.float32, "rows"),
-    "bfloat16-rows": ("tiny", torch.bfloat16, "rows"),
-    "odd-float32-rows": ("odd", torch.float32, "rows"),
-}
-
-
-@pytest.fixture(scope="module")
-def odd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("odd")
-    odd_model().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
-def checkpoint(
-    request: pytest.FixtureRequest, tiny_checkpoints: TinyCheckpoints, odd_checkpoint: Path
-) -> Checkpoint:
-    """A checkpoint, and the dtype and layout to run it in."""
-    name, dtype, layout = request.param
-    path = odd_checkpoint if name == "odd" else tiny_checkpoints.per_expert
-    return path, {"dtype": dtype, "layout": layout}
-
 
 # -- beside eager --------------------------------------------------------------------------------
 

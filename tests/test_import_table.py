@@ -40,8 +40,8 @@ device            |                                        | torch
 hardware          | memory                                 | torch numpy psutil pynvml
 model_spec        |                                        | torch transformers
 paged             |                                        | torch
-loading           | model_spec paged                       | torch transformers safetensors
 safetensors_index |                                        | torch transformers safetensors
+loading           | model_spec paged safetensors_index     | torch transformers safetensors
 checkpoint        | model_spec safetensors_index           | torch transformers numpy
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors

@@ -211,10 +211,9 @@ def misses_over_time(run: Run) -> str | None:
     starts = _bins(steps.count)
     with _drawing(_HALF) as drawing:
         axes = _step_axes(drawing)
-        at = starts
         uses = (steps.hits + steps.misses).astype(np.float64)
-        _curve(axes, at, _means(uses, starts), _RULE, "experts needed", fill=True)
-        _curve(axes, at, _means(steps.misses, starts), _ACCENT, "misses", fill=True)
+        _curve(axes, starts, _means(uses, starts), _RULE, "experts needed", fill=True)
+        _curve(axes, starts, _means(steps.misses, starts), _ACCENT, "misses", fill=True)
         _fit_decode(axes, uses, run)
         _whole_ticks(axes.yaxis)
         _mark_prefill(axes, run)
@@ -264,10 +263,9 @@ def latency_over_time(run: Run) -> str | None:
     starts = _bins(steps.count)
     with _drawing(_HALF) as drawing:
         axes = _step_axes(drawing)
-        at = starts
-        _curve(axes, at, _means(1e3 * steps.seconds, starts), _TEXT, "whole step", fill=False)
+        _curve(axes, starts, _means(1e3 * steps.seconds, starts), _TEXT, "whole step", fill=False)
         stalls = _means(1e3 * steps.stall_seconds, starts)
-        _curve(axes, at, stalls, _ACCENT, "waiting for experts", fill=True)
+        _curve(axes, starts, stalls, _ACCENT, "waiting for experts", fill=True)
         axes.set_ylabel("ms")
         _fit_decode(axes, 1e3 * steps.seconds, run)
         _mark_prefill(axes, run)
