@@ -221,7 +221,15 @@ def test_saving_holds_no_experts_in_memory(tmp_path: Path, shard: str) -> None:
     model.save_pretrained(tmp_path / "source")
     del model
     child = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(tmp_path / "source"), str(tmp_path / "copy"), shard],
+        [
+            sys.executable,
+            "-P",
+            "-c",
+            _CHILD,
+            str(tmp_path / "source"),
+            str(tmp_path / "copy"),
+            shard,
+        ],
         capture_output=True,
         text=True,
         timeout=300,
