@@ -10,6 +10,7 @@ from moe_runtime.errors import (
     ConfigError,
     ExpertReadError,
     MoERuntimeError,
+    PlanError,
     TraceError,
     UnsupportedModelError,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ExpertId",
     "ExpertReadError",
     "MoERuntimeError",
+    "PlanError",
     "RoutingTrace",
     "TraceError",
     "UnsupportedModelError",

@@ -9,7 +9,8 @@ Knows nothing of what raises it.
      ├─ AttachError (RuntimeError)          attach, detach or a call at the wrong moment
      ├─ CheckpointError                     the checkpoint's files are damaged or incomplete
      │   └─ ExpertReadError (OSError)       one expert could not be read
-     └─ TraceError (ValueError)             a routing trace is damaged or does not fit
+     ├─ TraceError (ValueError)             a routing trace is damaged or does not fit
+     └─ PlanError (ValueError)              a placement plan is damaged, infeasible or does not fit
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "ExpertReadError",
     "MoERuntimeError",
+    "PlanError",
     "TraceError",
     "UnsupportedModelError",
 ]
@@ -56,3 +58,7 @@ class ExpertReadError(CheckpointError, OSError):
 
 class TraceError(MoERuntimeError, ValueError):
     """A routing trace is damaged, of another version, or does not fit what it is used for."""
+
+
+class PlanError(MoERuntimeError, ValueError):
+    """A placement problem has no solution, or a plan is damaged or does not fit what it is for."""

@@ -1,6 +1,10 @@
 """Expert placement (`moe_runtime.placement`): which expert lies on which device, and the proof.
 
-What will live here: the placement problem and plan files, inter-layer affinity, costs and bounds,
-the sweep and the integer-program solvers, topologies, exporters and checkpoint baking. Nothing of
-it exists yet. It will not know the cache, and its solvers will not import torch.
+Takes routing traces or counts, gives plans. Does not know the cache; its solvers do not import
+torch.
 """
+
+from moe_runtime.placement.plan import Certificate, LayerPlan, Plan
+from moe_runtime.placement.topology import Topology
+
+__all__ = ["Certificate", "LayerPlan", "Plan", "Topology"]

@@ -71,10 +71,13 @@ run_record        | version access budget cache config eviction memory model_spe
                     simulate                               | torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
 steering          | trace model_spec                       | torch numpy
+placement.plan    |                                        | numpy
+placement.topology|                                        | numpy yaml
 placement.ilp     | trace placement.*                      | numpy pulp
-placement.export_*| trace placement.*                      | numpy torch safetensors
-placement.bake    | trace placement.*                      | numpy torch safetensors
-placement.*       | trace placement.*                      | numpy
+placement.export_*| trace placement.*                      | numpy torch yaml
+placement.bake*   | model_spec checkpoint safetensors_index placement.plan | numpy torch transformers \
+                    safetensors
+placement.*       | trace placement.*                      | numpy scipy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 __init__          | ABOVE                                  |
@@ -226,7 +229,7 @@ def test_every_package_imported_is_declared() -> None:
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
     declared = {re.split(r"[<>=!~\[; ]", line)[0].lower() for line in wanted}
-    distributions = {"pynvml": "nvidia-ml-py"}
+    distributions = {"pynvml": "nvidia-ml-py", "yaml": "pyyaml"}
     undeclared = {
         f"{module} imports {found.target}"
         for module, path in FILES.items()
