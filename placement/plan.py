@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from moe_runtime.placement.topology import Topology
 from numpy.typing import NDArray
 
 from moe_runtime.core import IntArray
 from moe_runtime.errors import PlanError
-from moe_runtime.placement.topology import Topology
 
 __all__ = ["TIERS", "Certificate", "LayerPlan", "Plan", "write_text"]
 
@@ -196,7 +196,7 @@ class Plan:
         return any(layer.has_replicas for layer in self.layers)
 
     def matrix(self, position: int) -> BoolArray:
-        """bool `[E, G]` of the layer at `position`: whether the device holds the expert."""
+        """Bool `[E, G]` of the layer at `position`: whether the device holds the expert."""
         hosts = self.layers[position].hosts
         held = np.zeros((len(hosts), self.devices), dtype=np.bool_)
         for expert, devices in enumerate(hosts):

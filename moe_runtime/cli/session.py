@@ -15,11 +15,11 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from moe_runtime.errors import MoERuntimeError
+from moe_runtime.errors import MoERuntimeError, PlanError, TraceError
 
-__all__ = ["FAILED", "INTERRUPTED", "emit_json", "quiet_libraries", "session", "to_stderr"]
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "emit_json", "quiet_libraries", "session", "to_stderr"]
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # What users can cause, through a file, a hub or an option; anything else is a fault of ours and
 # shows its traceback.
@@ -54,7 +54,8 @@ def session(*, as_json: bool, debug: bool) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         if as_json:
             emit_json({"error": type(error).__name__, "message": str(error)})
-        raise typer.Exit(FAILED) from None
+        bad_input = isinstance(error, PlanError | TraceError)
+        raise typer.Exit(BAD_INPUT if bad_input else FAILED) from None
 
 
 def quiet_libraries(*, debug: bool) -> None:
