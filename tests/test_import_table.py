@@ -71,8 +71,8 @@ run_record        | version access budget cache config eviction memory model_spe
                     simulate                               | torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
 steering          | trace model_spec                       | torch numpy
-placement.plan    |                                        | numpy
 placement.topology|                                        | numpy yaml
+placement.plan    | placement.topology                     | numpy
 placement.ilp     | trace placement.*                      | numpy pulp
 placement.export_*| trace placement.*                      | numpy torch yaml
 placement.bake*   | model_spec checkpoint safetensors_index placement.plan placement.bake* \

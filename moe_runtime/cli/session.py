@@ -17,7 +17,15 @@ from rich.console import Console
 
 from moe_runtime.errors import MoERuntimeError, PlanError, TraceError
 
-__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "emit_json", "quiet_libraries", "session", "to_stderr"]
+__all__ = [
+    "BAD_INPUT",
+    "FAILED",
+    "INTERRUPTED",
+    "emit_json",
+    "quiet_libraries",
+    "session",
+    "to_stderr",
+]
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
