@@ -1,0 +1,160 @@
+"""What a placement costs on given tokens: crossings, distinct devices, load, communication.
+
+Measures; knows nothing of how a placement was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from moe_runtime.placement.affinity import Affinity, affinity_of
+from moe_runtime.placement.plan import BoolArray
+from moe_runtime.placement.topology import Topology
+
+from moe_runtime.core import FloatArray
+from moe_runtime.errors import PlanError
+from moe_runtime.routing_counts import RoutingCounts
+from moe_runtime.trace import UNUSED, RoutingTrace
+
+__all__ = ["Metrics", "crossing_of", "load_of", "measure"]
+
+_CHUNK_CELLS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """A placement's costs on some tokens. None where the recording cannot say.
+
+    With replicas a token uses each replica of an expert equally often, and goes on to a replica of
+    its next expert on the same device if there is one.
+
+    Args:
+        tokens: tokens measured on; 0 if unknown.
+        crossing: share of consecutive-layer expert pairs on different devices, 0 to 1.
+        node_crossing: the same for nodes.
+        distinct_devices: mean devices that a token needs in a layer, 1 to top-k.
+        load: highest load of a device over its share, mean of the layers; 1 is even.
+        load_worst: the same of the worst layer.
+        hop_cost: expected cost over the topology from a token's expert in each layer to that in
+            the next, summed over layers (tokens that stay where their expert is).
+        dispatch_cost: expected cost to reach all devices that a token needs from its home device
+            and back, summed over layers, homes even (tokens that return home after each layer).
+    """
+
+    tokens: int
+    crossing: float | None
+    node_crossing: float | None
+    distinct_devices: float | None
+    load: float
+    load_worst: float
+    hop_cost: float | None
+    dispatch_cost: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def measure(
+    placement: Sequence[BoolArray],
+    topology: Topology,
+    recording: RoutingTrace | RoutingCounts,
+    affinity: Affinity | None = None,
+) -> Metrics:
+    """The costs of a placement on a recording.
+
+    Args:
+        placement: for each MoE layer bool `[E, G]`, whether the device holds the expert.
+        affinity: `affinity_of(recording)`, if it is at hand.
+
+    Raises:
+        PlanError: layers or experts that differ.
+    """
+    counts = affinity if affinity is not None else affinity_of(recording)
+    for layer, experts, held in zip(counts.layer_ids, counts.experts, placement, strict=True):
+        if held.shape != (experts, topology.devices):
+            raise PlanError(
+                f"layer {layer}: the placement is {held.shape[0]} experts x {held.shape[1]} "
+                f"devices, the recording has {experts} and the topology {topology.devices}"
+            )
+    load = np.array(
+        [load_of(held, uses, topology) for held, uses in zip(placement, counts.load, strict=True)]
+    )
+    crossing = node_crossing = hop_cost = distinct = dispatch = None
+    if counts.hops:
+        crossing = crossing_of(placement, counts)
+        node_crossing = crossing_of(_by_node(placement, topology), counts)
+        hop_cost = _hop_cost(placement, counts, topology)
+    if isinstance(recording, RoutingTrace) and len(recording):
+        needed = _devices_needed(placement, recording)
+        distinct = float(needed.sum(1).mean())
+        dispatch = float((needed @ (topology.costs + topology.costs.T).mean(0)).sum())
+    return Metrics(
+        tokens=counts.tokens,
+        crossing=crossing,
+        node_crossing=node_crossing,
+        distinct_devices=distinct,
+        load=float(load.mean()),
+        load_worst=float(load.max()),
+        hop_cost=hop_cost,
+        dispatch_cost=dispatch,
+    )
+
+
+def load_of(held: BoolArray, uses: FloatArray, topology: Topology) -> float:
+    """Highest load of a device over its share of the layer's load; 1 if there is no load."""
+    shares = topology.load_shares
+    replicas = held.sum(1)
+    loads = (uses / np.maximum(replicas, 1)) @ held
+    return float((loads / (uses.sum() * shares)).max()) if uses.sum() > 0 else 1.0
+
+
+def crossing_of(placement: Sequence[BoolArray], affinity: Affinity) -> float:
+    """Share of consecutive-layer pairs on different devices; 0 if there are no pairs."""
+    total = stays = 0.0
+    for hop, first, second in zip(affinity.transitions, placement[:-1], placement[1:], strict=True):
+        shares = first / np.maximum(first.sum(1, keepdims=True), 1)
+        stays += float(((hop @ second) * shares).sum())
+        total += float(hop.sum())
+    return 1.0 - stays / total if total > 0 else 0.0
+
+
+def _by_node(placement: Sequence[BoolArray], topology: Topology) -> list[BoolArray]:
+    return [
+        np.stack([held[:, devices].any(1) for devices in topology.by_node()], axis=1)
+        for held in placement
+    ]
+
+
+def _hop_cost(placement: Sequence[BoolArray], affinity: Affinity, topology: Topology) -> float:
+    """Sum over hops of the mean cost of a pair, to the cheapest replica of the next expert."""
+    cost = 0.0
+    for hop, first, second in zip(affinity.transitions, placement[:-1], placement[1:], strict=True):
+        total = hop.sum()
+        if total <= 0:
+            continue
+        # [G, E']: from each device to the nearest holder of each next expert.
+        reach = np.where(second.T[None], topology.costs[:, :, None], np.inf).min(1)
+        shares = first / np.maximum(first.sum(1, keepdims=True), 1)
+        cost += float(((shares.T @ hop) * reach).sum() / total)
+    return cost
+
+
+def _devices_needed(placement: Sequence[BoolArray], trace: RoutingTrace) -> FloatArray:
+    """float64 `[L, G]`: the share of tokens that need each device in each layer.
+
+    Replicas are chosen independently and evenly.
+    """
+    needed = np.zeros((len(placement), placement[0].shape[1]))
+    for position, held in enumerate(placement):
+        shares = held / np.maximum(held.sum(1, keepdims=True), 1)
+        missing = np.concatenate([1.0 - shares, np.ones((1, held.shape[1]))])  # last: no expert
+        step = max(1, _CHUNK_CELLS // (trace.topk_ids.shape[2] * held.shape[1]))
+        for start in range(0, len(trace), step):
+            ids = trace.topk_ids[start : start + step, position].astype(np.int64)
+            ids[ids == UNUSED] = len(held)
+            needed[position] += (1.0 - missing[ids].prod(1)).sum(0)
+    return needed / len(trace)
