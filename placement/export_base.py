@@ -198,7 +198,7 @@ def tier_note(plan: Plan) -> tuple[str, ...]:
         return ()
     return (
         (
-            f"the plan keeps {elsewhere} experts in host memory or on disk; the engine does not know "
+            f"the plan keeps {elsewhere} experts in host memory or on disk; the engine knows no "
             "tiers and holds every expert on its devices"
         ),
     )

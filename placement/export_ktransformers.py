@@ -105,8 +105,8 @@ def _advise(plan: Plan, path: Path) -> Advice:
         ),
         notes=(
             (
-                f"{number} of {wanted.size} experts go to the GPU, the plan's device tier; the engine "
-                "takes the highest counts over all layers, so the number must be exactly this one"
+                f"{number} of {wanted.size} experts go to the GPU, the plan's device tier; the "
+                "engine takes the highest counts over all layers, so the number must be this one"
             ),
             (
                 "host and disk tiers are the same to the engine (CPU), and which device holds an "

@@ -99,10 +99,10 @@ def _advise_map(plan: Plan, path: Path) -> Advice:
         ),
         notes=(
             (
-                "with --moe-a2a-backend none, set --ep-dispatch-algorithm dynamic: there the placement "
-                "was silently ignored by 0.5.6, so look for it in the server's log"
+                "with --moe-a2a-backend none, --ep-dispatch-algorithm must be dynamic; "
+                "0.5.6 was seen to ignore placements silently on its plain forward path, so look "
+                "for it in the server's log"
             ),
-            "rows are all hidden layers; a draft (MTP) model reads its own file",
             *tier_note(plan),
         ),
     )
@@ -243,8 +243,8 @@ def _advise_counts(plan: Plan, path: Path) -> Advice:
         ),
         notes=(
             (
-                "the plan is NOT carried: SGLang balances these counts itself (EPLB) at the start; use "
-                "--to sglang to hand over the plan"
+                "the plan is NOT carried: SGLang balances these counts itself (EPLB) at the start; "
+                "use --to sglang to hand over the plan"
             ),
         ),
     )

@@ -118,7 +118,7 @@ def _advise(plan: Plan, path: Path) -> Advice:
                 "parallelism, and for architectures that the engine has not listed"
             ),
             (
-                "a model with MTP layers fails with a KeyError unless the file names those layers too; "
+                "a model with MTP layers fails with a KeyError unless the file names those too; "
                 f"this one names layers {plan.layer_ids[0]} to {plan.layer_ids[-1]}"
             ),
             *tier_note(plan),

@@ -128,16 +128,16 @@ def _advise(plan: Plan, path: Path) -> Advice:
         flags=(f"--enable-expert-parallel --additional-config {shlex.quote(config)}",),
         notes=(
             (
-                f"the ranks of expert parallelism (tensor times data parallel) must be {plan.devices}; "
-                f"the engine reads {redundant} redundant experts off the file"
+                "the ranks of expert parallelism (tensor times data parallel) must be "
+                f"{plan.devices}; the engine reads {redundant} redundant experts off the file"
             ),
             (
-                "layers are counted as MoE layers here, from 0; a model with an MTP layer wants one "
-                "more entry"
+                "layers are counted as MoE layers here, from 0; the engine looks for an MTP layer "
+                "past the last of them, which a plan does not have"
             ),
             (
-                "maps from a file are announced for removal in v0.25.1, and model runner v2 rejects "
-                "them; elsewhere use `moe-runtime bake`"
+                "maps from a file are announced for removal in v0.25.1, and model runner v2 "
+                "rejects them; then use `moe-runtime bake`"
             ),
             *tier_note(plan),
         ),
