@@ -25,6 +25,9 @@ BUDGET = str(ALL_EXPERT_BYTES // 4)
 # Every command with its options. Whoever changes this changes what people have in their scripts.
 SURFACE = {
     "demo": {"--budget", "--out-dir", "--new-tokens", "--policy"},
+    "export": {
+        *("PLAN", "--to", "--out", "--check", "--num-hidden-layers", "--model", "--counts"),
+    },
     "generate": {
         *("MODEL", "--prompt", "--prompt-file", "--max-new-tokens", "--temperature", "--seed"),
         *("--chat", "--expert-budget", "--host-budget", "--device", "--policy", "--exact"),

@@ -6,6 +6,7 @@ Knows no algorithm; every command calls the library and shows what came of it.
 import typer
 
 from moe_runtime.cli.demo import demo
+from moe_runtime.cli.export import export
 from moe_runtime.cli.generate import generate
 from moe_runtime.cli.inspect import inspect
 from moe_runtime.cli.report import report
@@ -41,6 +42,7 @@ def _root(
 
 # In the order in which `--help` lists them. A new command is one file and one line.
 app.command("demo")(demo)
+app.command("export")(export)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("report")(report)
