@@ -99,7 +99,7 @@ def improve(
         _shake(state, random)
         _descend(state, enough)
         found = float(state.carried.max())
-        if found < value:
+        if found <= value:  # equal ones too: they lead elsewhere
             best, value = state.held.copy(), found
         else:
             state.held = best.copy()
