@@ -6,7 +6,7 @@ Built once from `Problem` and `Affinity`; knows how an assignment is valued, not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -131,6 +131,8 @@ def make_instance(
     *,
     lag_weights: Sequence[float] = (1.0,),
     power: float = 1.0,
+    witness: Sequence[BoolArray] | None = None,
+    load_caps: Sequence[float] | None = None,
 ) -> Instance:
     """Arrays for the solvers.
 
@@ -138,6 +140,10 @@ def make_instance(
         affinity: counts; its layers and experts must be the problem's.
         lag_weights: weight of the pairs of layers 1, 2, ... apart; only as many lags as counted.
         power: each count is raised to it (below 1 tames cells that few tokens filled).
+        witness: a placement that keeps all limits; its replica counts are taken over. Without it
+            the counts are those that make the heaviest replica lightest.
+        load_caps: for each layer the highest load of a device over its share, in the place of the
+            problem's.
 
     Raises:
         PlanError: layers that differ, a load cap that cannot be kept, no affinity where the
@@ -149,16 +155,20 @@ def make_instance(
             f"{sorted(set(affinity.experts))} experts, the problem of {list(problem.layer_ids)} "
             f"with {sorted(set(problem.experts))}"
         )
-    owners, loads, slots = [], [], []
+    owners, slots = [], []
     for position, load in enumerate(affinity.load):
         limits = problem.limits(position, load)
+        if load_caps is not None and load.sum() > 0:
+            highest = load_caps[position] * load.sum() * problem.topology.load_shares
+            limits = replace(limits, load=highest)
         copies = np.ones(len(load), dtype=np.int64)
-        if problem.redundant:
+        if witness is not None:
+            copies = witness[position].sum(1)
+        elif problem.redundant:
             copies = replica_counts(load, len(load) + problem.redundant, problem.devices)
         owner = np.repeat(np.arange(len(load)), copies)
         owners.append((owner, copies))
-        loads.append(load[owner] / copies[owner])
-        slots.append(LayerSlots(owner=owner, load=loads[-1], limits=limits))
+        slots.append(LayerSlots(owner=owner, load=load[owner] / copies[owner], limits=limits))
     pair_weight, near = _nearness(problem)
     pairs = []
     if pair_weight:

@@ -24,10 +24,11 @@ from scipy.optimize import linear_sum_assignment
 
 from moe_runtime.core import FloatArray, IntArray
 
-__all__ = ["Progress", "SweepResult", "improve", "sweep"]
+__all__ = ["Progress", "SweepResult", "improve", "keeping_caps", "sweep"]
 
 Progress = Callable[[float, float], None]  # (seconds, cost of the best so far)
 _TOLERANCE = 1e-9
+_SLACK = 1e-9
 _MOST_ROUNDS = 60
 
 
@@ -48,6 +49,7 @@ def sweep(
     perturbations: int = 8,
     time_limit: float = 60.0,
     warm: Assignment | None = None,
+    witness: Assignment | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """A good assignment, the same for the same seed while the time limit is not reached.
@@ -55,7 +57,9 @@ def sweep(
     Args:
         starts: independent starts: `warm` if given, one spectral, the others random.
         perturbations: how often the best is disturbed and improved again afterwards.
-        time_limit: seconds; the first start is always finished.
+        time_limit: seconds; the first start always gives a result.
+        witness: an assignment that keeps all load caps; stands in for layers of a start that do
+            not, where swaps cannot mend them. Needed if there are tight caps.
         progress: called with each new best.
     """
     began = time.perf_counter()
@@ -82,25 +86,40 @@ def sweep(
         if out_of_time():
             break
         tried += 1
-        consider(improve(instance, start(), out_of_time))
+        consider(improve(instance, keeping_caps(instance, start(), witness), out_of_time))
     for _ in range(perturbations):
         if out_of_time():
             break
         tried += 1
         assert best is not None
-        consider(improve(instance, _disturb(instance, best, rng), out_of_time))
+        disturbed = keeping_caps(instance, _disturb(instance, best, rng), best)
+        consider(improve(instance, disturbed, out_of_time))
     assert best is not None
     return SweepResult(assignment=best, cost=float(best_cost), starts=tried)
+
+
+def keeping_caps(
+    instance: Instance, assignment: Assignment, witness: Assignment | None
+) -> Assignment:
+    """The assignment with every layer that breaks a load cap mended, or taken from the witness."""
+    kept = []
+    for layer, (slots, device) in enumerate(zip(instance.slots, assignment, strict=True)):
+        mended = device if overload(slots, device) <= _SLACK else relieve(slots, device)
+        if witness is not None and overload(slots, mended) > _SLACK:
+            mended = witness[layer]
+        kept.append(mended)
+    return kept
 
 
 def improve(
     instance: Instance, assignment: Assignment, stop: Callable[[], bool] = lambda: False
 ) -> Assignment:
-    """Sweep forth and back until nothing gets better; the result costs no more."""
-    assignment = [
-        device if overload(slots, device) <= 0 else relieve(slots, device)
-        for slots, device in zip(instance.slots, assignment, strict=True)
-    ]
+    """Sweep forth and back until nothing gets better; the result costs no more.
+
+    Args:
+        stop: asked after each layer; True ends the sweep, and what was reached is returned.
+    """
+    assignment = list(assignment)
     layers = list(range(instance.layers))
     order = layers + layers[-2:0:-1]
     renamable = instance.renamable() and instance.pairs
@@ -108,10 +127,12 @@ def improve(
     for _ in range(_MOST_ROUNDS):
         for layer in order:
             _improve_layer(instance, assignment, layer)
+            if stop():
+                return assignment
         if renamable:
             _rename_tails(instance, assignment)
         now = instance.value(assignment)
-        if now <= value + _TOLERANCE * max(1.0, abs(value)) or stop():
+        if now <= value + _TOLERANCE * max(1.0, abs(value)):
             break
         value = now
     return assignment
@@ -125,19 +146,15 @@ def _improve_layer(instance: Instance, assignment: Assignment, layer: int) -> No
         assignment[layer] = assign(values, slots, device)
         return
     together = instance.together[layer]
-    found = _climb(values, slots, device, together)
+    found = improve_by_swaps(values, slots, device, together)
     # The worth of a layer's own pairs is not linear: the best of the linear part is a candidate.
     ones = np.eye(instance.devices)
     linear = values - together @ ones[device]
     jump = assign(values, slots, device)
-    jump = _climb(linear + together @ ones[jump], slots, jump, together)
+    jump = improve_by_swaps(linear + together @ ones[jump], slots, jump, together)
     if _own(linear, together, jump) > _own(linear, together, found) + _TOLERANCE:
         found = jump
     assignment[layer] = found
-
-
-def _climb(values: FloatArray, slots: object, device: IntArray, together: FloatArray) -> IntArray:
-    return improve_by_swaps(values, slots, device, together)  # type: ignore[arg-type]
 
 
 def _own(linear: FloatArray, together: FloatArray, device: IntArray) -> float:
