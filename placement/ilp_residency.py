@@ -13,7 +13,6 @@ from math import gcd
 from typing import Any
 
 import numpy as np
-
 from moe_runtime.placement.packing import Packed, Packing, fractional_bound, greedy
 
 __all__ = ["solve_packing"]
@@ -58,7 +57,9 @@ def _program(packing: Packing) -> tuple[Any, list[Any]]:
     import pulp
 
     problem = pulp.LpProblem("residency", pulp.LpMaximize)
-    variables = [problem.add_variable(f"x{item}", cat="Binary") for item in range(len(packing.uses))]
+    variables = [
+        problem.add_variable(f"x{item}", cat="Binary") for item in range(len(packing.uses))
+    ]
     # Bytes in units of their greatest common divisor keep the numbers small.
     unit = gcd(*packing.nbytes.tolist())
     sizes = (packing.nbytes // unit).tolist()

@@ -6,12 +6,10 @@ Does not know how good a plan is: `test_residency.py` does.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from moe_runtime.placement.plan import LayerPlan, Plan
@@ -19,8 +17,10 @@ from moe_runtime.placement.residency import apply_tiers, count_uses
 from moe_runtime.placement.topology import Topology
 
 import moe_runtime
+from moe_runtime.budget import least_budget, plan_budget
 from moe_runtime.errors import BudgetError, ExpertReadError, PlanError
 from moe_runtime.eviction import make_policy
+from moe_runtime.model_spec import ExpertParam, MoELayer, MoESpec
 from moe_runtime.runtime import Runtime, runtime_of
 from moe_runtime.simulate import simulate
 from outputs import Checkpoint, Outputs, least, load, load_plain, odd_model, outputs, same_bits
@@ -138,14 +138,37 @@ def test_wholly_pinned_layers_need_no_slots_besides(tiny_checkpoints: TinyCheckp
         runtime.check_integrity()
 
 
-def test_two_shapes_of_experts_each_keep_their_own(
-    tmp_path: Path, tiny_checkpoints: TinyCheckpoints
-) -> None:
+def test_weights_that_lie_transposed_and_biases(tmp_path: Path) -> None:
     odd_model().save_pretrained(tmp_path)
     plan = plan_for(tmp_path, {(0, 0), (1, 5), (2, 15)})
     model = load(tmp_path, least(tmp_path, plan=plan), plan=plan)
     assert same_bits(outputs(model), outputs(load(tmp_path, "100%")))
     assert {(0, 0), (1, 5), (2, 15)} <= held(runtime_of(model))
+
+
+def test_each_shape_of_experts_has_slots_for_its_own() -> None:
+    """Slots of a shape: what is pinned of its layers, and one token's others of any of them."""
+
+    def layer(number: int, width: int) -> MoELayer:
+        param = ExpertParam(name="w", shape=(width, 64), dtype=torch.float32)
+        return MoELayer(
+            layer=number,
+            path=f"model.layers.{number}.experts",
+            class_name="Experts",
+            num_experts=8,
+            top_k=3,
+            params=(param,),
+        )
+
+    layers = (layer(0, 4), layer(1, 8), layer(2, 4))
+    spec = MoESpec(model_class="M", model_id="m", layers=layers, dense_bytes=0)
+    for pinned, slots in {(0, 0, 0): (3, 3), (2, 6, 1): (6, 8), (8, 8, 7): (16, 8)}.items():
+        options: dict[str, Any] = {"threads": 1, "floor": 0, "disk": False, "pinned": pinned}
+        enough = least_budget(spec, **options)
+        assert plan_budget(spec, enough, "asked", **options).slots == slots
+        with pytest.raises(BudgetError, match=f"least that works is {enough} bytes"):
+            plan_budget(spec, enough - 1, "asked", **options)
+        assert plan_budget(spec, 10**9, "asked", **options).slots == (16, 8)
 
 
 def test_pinned_experts_survive_a_failed_read(
@@ -292,15 +315,3 @@ def test_no_plan_leaves_no_section(tiny_checkpoints: TinyCheckpoints) -> None:
     assert record["plan"] is None
     assert record["config"]["plan"] is None
     assert not any("plan" in name for name in record["simulation"])
-
-
-def test_pinned_experts_are_read_once(tiny_checkpoints: TinyCheckpoints) -> None:
-    path = tiny_checkpoints.per_expert
-    model = load(path, "40%", plan=plan_for(path, SEVEN))
-    read = moe_runtime.report(model).counters.bytes_read
-    assert read == len(SEVEN) * EXPERT_BYTES
-    outputs(model)
-    record = moe_runtime.report(model).to_dict()
-    assert np.sum([layer["bytes_read"] for layer in record["layers"]]) == (
-        read + record["counters"]["misses"] * EXPERT_BYTES
-    )
