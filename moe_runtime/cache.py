@@ -185,8 +185,8 @@ class ExpertCache:
     def grant(self, position: int, experts: Sequence[int]) -> list[int]:
         """Give slots to as many of these absent experts as can have one, in order.
 
-        Evicts unpinned residents of the pool that are not permanent, lowest rank first. The granted experts are loading
-        (and pinned) afterwards; the others stay absent.
+        Evicts residents of the pool that are neither pinned nor permanent, lowest rank first. The
+        granted experts are loading (and pinned) afterwards; the others stay absent.
         """
         group = self._group_of[position]
         free = self._free[group]

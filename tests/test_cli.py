@@ -24,11 +24,11 @@ BUDGET = str(ALL_EXPERT_BYTES // 4)
 
 # Every command with its options. Whoever changes this changes what people have in their scripts.
 SURFACE = {
-    "demo": {"--budget", "--out-dir", "--new-tokens", "--policy"},
+    "demo": {"--budget", "--out-dir", "--new-tokens", "--policy", "--plan"},
     "generate": {
         *("MODEL", "--prompt", "--prompt-file", "--max-new-tokens", "--temperature", "--seed"),
         *("--chat", "--expert-budget", "--host-budget", "--device", "--policy", "--exact"),
-        *("--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
+        *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
         *("--local-files-only", "--run"),
     },
     "inspect": {
