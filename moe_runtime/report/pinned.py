@@ -18,7 +18,8 @@ __all__ = ["PinnedExperts", "PinnedLayer", "read_pinned"]
 @dataclass(frozen=True, kw_only=True)
 class PinnedLayer:
     """One MoE layer, by its absolute index: experts that stay, and the shares of its uses that
-    they should serve and did; None where the plan says nothing, or where nothing was used."""
+    they should serve and did; None where the plan says nothing, or where nothing was used.
+    """
 
     layer: int
     pinned: int
@@ -63,9 +64,7 @@ def read_pinned(data: Any, grid: ExpertGrid) -> PinnedExperts | None:
             observed=share(entry, "observed_share", where),
         )
         if row.layer not in grid.position:
-            raise RunError(
-                f"run record: {where} is of layer {row.layer}, which model.layers lacks"
-            )
+            raise RunError(f"run record: {where} is of layer {row.layer}, which model.layers lacks")
         layers.append(row)
     return PinnedExperts(
         name=str(data.get("name") or "unnamed plan"),
