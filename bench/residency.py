@@ -337,7 +337,7 @@ def main() -> None:
     temporary = options.output.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(options.output)
-    for name, ratios in result["misses over those without a plan"].items():
+    for name, ratios in verdict(bundled, traces).items():
         console.print(name, ratios, highlight=False)
 
 

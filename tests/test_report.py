@@ -286,6 +286,7 @@ def test_predicted_stands_beside_observed(record: dict[str, Any], page: str) -> 
     assert not Outline(shown).faults
     assert "The plan's experts" in Outline(shown).headings
     assert shown.count("<svg") == page.count("<svg") + 1
+    assert "#010a" not in shown
     assert "heat &lt;1&gt;.plan.json keeps 10 experts" in shown
     for cell in ("43.8 %", "40.6 %", "\N{MINUS SIGN}3.1", "+12.5", "\N{MINUS SIGN}7.5"):
         assert f"<td>{cell}</td>" in shown
