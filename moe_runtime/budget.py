@@ -134,9 +134,14 @@ def least_budget(
     floor: int,
     disk: bool,
     flips: Sequence[bool] | None = None,
+    pinned: Sequence[int] = (),
 ) -> int:
-    """The smallest budget that works: one layer's top-k of each shape, and staging."""
-    need = _least_slots(spec)
+    """The smallest budget that works: one layer's top-k of each shape, and staging.
+
+    Args:
+        pinned: as for `plan_budget`.
+    """
+    need = _least_slots(spec, pinned)
     pools = sum(count * size for count, size in zip(need, _sizes(spec, flips), strict=True))
     if not disk:
         return pools
@@ -154,12 +159,19 @@ def _readers(total: int, threads: int, chunk: int) -> int:
     return max(1, min(threads, total // 8 // bounce_bytes(chunk)))
 
 
-def _least_slots(spec: MoESpec) -> list[int]:
-    need = [0] * len(spec.groups)
+def _least_slots(spec: MoESpec, pinned: Sequence[int]) -> list[int]:
+    """Slots of each shape: those of pinned experts, and one token's others of any one layer.
+
+    One free slot would be enough to compute with, expert after expert; with fewer than these each
+    token would evict its own experts.
+    """
+    held, free = [0] * len(spec.groups), [0] * len(spec.groups)
     for position, layer in enumerate(spec.layers):
         group = spec.group_of(position)
-        need[group] = max(need[group], layer.top_k)
-    return need
+        stays = pinned[position] if pinned else 0
+        held[group] += stays
+        free[group] = max(free[group], min(layer.top_k, layer.num_experts - stays))
+    return [stays + least for stays, least in zip(held, free, strict=True)]
 
 
 def plan_budget(
@@ -171,6 +183,7 @@ def plan_budget(
     floor: int,
     disk: bool,
     flips: Sequence[bool] | None = None,
+    pinned: Sequence[int] = (),
 ) -> BudgetPlan:
     """Cut a budget into staging and slots.
 
@@ -180,38 +193,42 @@ def plan_budget(
         floor: the smallest piece that can be read (a row that is converted on the way).
         disk: whether anything is read from disk at all.
         flips: for each expert shape whether its slots hold weights transposed.
+        pinned: for each layer how many of its experts stay in their slots; none if not given.
 
     Raises:
-        BudgetError: less than one layer's top-k fits; says the least that works.
+        BudgetError: less than one layer's top-k fits beside the pinned experts; says the least
+            that works.
     """
     largest = max(param.nbytes for params in spec.groups for param in params)
     chunk = _chunk(total, threads, largest, floor)
     readers = _readers(total, threads, chunk)
     staging = readers * bounce_bytes(chunk) if disk else 0
-    least = _least_slots(spec)
+    least = _least_slots(spec, pinned)
     sizes = _sizes(spec, flips)
     whole = [0] * len(sizes)
     for position, layer in enumerate(spec.layers):
         whole[spec.group_of(position)] += layer.num_experts
     base = sum(count * size for count, size in zip(least, sizes, strict=True))
     if staging + base > total:
-        smallest = least_budget(spec, threads=threads, floor=floor, disk=disk, flips=flips)
-        raise BudgetError(
-            f"an expert budget of {format_bytes(total)} ({total} bytes) does not hold one layer's "
-            f"top-k experts ({max(least)} of {format_bytes(max(sizes))}) and "
-            f"{format_bytes(staging)} of staging; the least that works is {smallest} bytes "
-            f"({format_bytes(smallest)})"
+        smallest = least_budget(
+            spec, threads=threads, floor=floor, disk=disk, flips=flips, pinned=pinned
         )
+        raise BudgetError(_too_small(spec, total, smallest, staging, max(sizes), pinned))
     # Shapes share what is left in proportion to the bytes of all their experts.
     rest = total - staging - base
     weight = [count * size for count, size in zip(whole, sizes, strict=True)]
+    if pinned:
+        for position, stays in enumerate(pinned):
+            weight[spec.group_of(position)] -= stays * sizes[spec.group_of(position)]
     slots = [
-        min(full, floor_ + int(rest * share / sum(weight)) // size)
+        min(full, floor_ + int(rest * share / (sum(weight) or 1)) // size)
         for full, floor_, share, size in zip(whole, least, weight, sizes, strict=True)
     ]
     pools = sum(count * size for count, size in zip(slots, sizes, strict=True))
     held = sum(slots) / sum(whole)
     text = f"{explanation}: {sum(slots)} slots of {sum(whole)} experts ({held:.1%})"
+    if pinned:
+        text += f"; {sum(pinned)} experts pinned by the plan"
     return BudgetPlan(
         total=total,
         slots=tuple(slots),
@@ -220,4 +237,31 @@ def plan_budget(
         staging=staging,
         pools=pools,
         explanation=text,
+    )
+
+
+def _too_small(
+    spec: MoESpec,
+    total: int,
+    smallest: int,
+    staging: int,
+    largest: int,
+    pinned: Sequence[int],
+) -> str:
+    """What to say of a budget that does not hold what it has to."""
+    needed = f"one layer's top-k experts ({max(layer.top_k for layer in spec.layers)} of "
+    needed += f"{format_bytes(largest)}) and {format_bytes(staging)} of staging"
+    least = f"the least that works is {smallest} bytes ({format_bytes(smallest)})"
+    if not sum(pinned):
+        return (
+            f"an expert budget of {format_bytes(total)} ({total} bytes) does not hold {needed}; "
+            f"{least}"
+        )
+    stays = sum(
+        count * layer.expert_bytes for count, layer in zip(pinned, spec.layers, strict=True)
+    )
+    return (
+        f"an expert budget of {format_bytes(total)} ({total} bytes) does not hold the "
+        f"{sum(pinned)} experts that the plan pins ({format_bytes(stays)}) and besides them "
+        f"{needed}: {smallest - total} bytes are missing; {least}, or make a plan that pins less"
     )

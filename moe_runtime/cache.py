@@ -4,7 +4,9 @@ Residency, pins and counters only: it moves no bytes, and which expert leaves is
 choice. Every mutation happens under the executor's lock.
 
 An expert is absent, *loading* (it owns a slot whose bytes are not there yet) or *resident*. Only
-residents without a pin are evicted. One step of one layer goes:
+residents without a pin are evicted. A *permanent* resident is never evicted and no candidate of the
+policy; there has to be one slot that none of them owns, unless they are all experts of its pool.
+One step of one layer goes:
 
     hits, misses = cache.request(access)         # pins the hits
     granted = cache.grant(position, misses)      # slots, evicting; now loading
@@ -31,10 +33,14 @@ _ABSENT = -1
 
 @dataclass
 class CacheCounters:
-    """Events since the last reset, by layer position."""
+    """Events since the last reset, by layer position.
+
+    `permanent_hits` are those of `hits` that permanent residents served.
+    """
 
     hits: IntArray
     misses: IntArray
+    permanent_hits: IntArray
     evictions: int = 0
     rereads: int = 0
     seen: set[int] = field(default_factory=set)
@@ -42,7 +48,8 @@ class CacheCounters:
     @classmethod
     def empty(cls, layers: int) -> CacheCounters:
         """All zero."""
-        return cls(hits=np.zeros(layers, np.int64), misses=np.zeros(layers, np.int64))
+        hits, misses, permanent = np.zeros((3, layers), np.int64)
+        return cls(hits=hits, misses=misses, permanent_hits=permanent)
 
 
 class ExpertCache:
@@ -74,6 +81,9 @@ class ExpertCache:
         self._free = [list(range(count))[::-1] for count in slots]
         self._loading: dict[int, None] = {}
         self._pins: dict[int, None] = {}
+        # Permanent residents: by slot for the choice of victims, by expert number for counting.
+        self._permanent = [np.zeros(count, np.bool_) for count in slots]
+        self._permanent_of: list[set[int]] = [set() for _ in grid.layers]
         self.counters = CacheCounters.empty(len(grid.layers))
         self._tables: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
 
@@ -97,6 +107,10 @@ class ExpertCache:
         """Dense indices of all residents, ascending."""
         owners = np.concatenate([owner[owner >= 0] for owner in self._owner])
         return np.sort(owners[~np.isin(owners, list(self._loading))])
+
+    def permanent(self, position: int) -> frozenset[int]:
+        """Experts of a layer that are never evicted."""
+        return frozenset(self._permanent_of[position])
 
     def group(self, position: int) -> int:
         """Pool number of a layer position."""
@@ -145,6 +159,7 @@ class ExpertCache:
         self._pinned[self._group_of[position]][slots] = True
         self.counters.hits[position] += len(hits)
         self.counters.misses[position] += len(misses)
+        self._count_permanent(position, hits)
         return hits, misses
 
     def take_hits(self, access: Access, experts: Sequence[int]) -> list[int] | None:
@@ -164,13 +179,14 @@ class ExpertCache:
             return None
         self.policy.observe(access.position, access.experts, access.tokens)
         self.counters.hits[access.position] += len(slots)
+        self._count_permanent(access.position, experts)
         return slots
 
     def grant(self, position: int, experts: Sequence[int]) -> list[int]:
         """Give slots to as many of these absent experts as can have one, in order.
 
-        Evicts unpinned residents of the pool, lowest rank first. The granted experts are loading
-        (and pinned) afterwards; the others stay absent.
+        Evicts residents of the pool that are neither pinned nor permanent, lowest rank first. The
+        granted experts are loading (and pinned) afterwards; the others stay absent.
         """
         group = self._group_of[position]
         free = self._free[group]
@@ -245,15 +261,27 @@ class ExpertCache:
         self._loading.clear()
         self._pins.clear()
 
+    def make_permanent(self, position: int, experts: Sequence[int]) -> None:
+        """These residents stay for good: they are never evicted, not after a failed step either."""
+        slots = self.slots_of(position, experts)
+        assert all(self.is_resident(position, expert) for expert in experts), "not resident"
+        self._permanent[self._group_of[position]][slots] = True
+        self._permanent_of[position].update(experts)
+
     def reset_counters(self) -> None:
         """Start counting anew; residency stays."""
         seen = self.counters.seen
         self.counters = CacheCounters.empty(len(self.grid.layers))
         self.counters.seen = seen
 
+    def _count_permanent(self, position: int, hits: Sequence[int]) -> None:
+        permanent = self._permanent_of[position]
+        if permanent:
+            self.counters.permanent_hits[position] += sum(expert in permanent for expert in hits)
+
     def _evict(self, group: int, count: int) -> None:
         owner = self._owner[group]
-        candidates = owner[(owner >= 0) & ~self._pinned[group]]
+        candidates = owner[(owner >= 0) & ~(self._pinned[group] | self._permanent[group])]
         if not len(candidates):
             return
         victims = choose_victims(self.policy, candidates, min(count, len(candidates)))
@@ -289,6 +317,18 @@ class ExpertCache:
                     assert bool(self._pinned[group][slot]) == wanted, "pin flags disagree"
                 else:
                     assert not self._pinned[group][slot], "an empty slot is pinned"
+        for position, permanent in enumerate(self._permanent_of):
+            slots = self.slots_of(position, sorted(permanent))
+            flags = self._permanent[self._group_of[position]]
+            assert all(self.is_resident(position, e) for e in permanent), "a permanent one is gone"
+            assert flags[slots].all(), "flags of permanent residents disagree"
+        for group, flags in enumerate(self._permanent):
+            known = sum(
+                len(self._permanent_of[position])
+                for position, its_group in enumerate(self._group_of)
+                if its_group == group
+            )
+            assert int(flags.sum()) == known, "flags of permanent residents disagree"
         owned = {int(i) for owner in self._owner for i in owner if i != _ABSENT}
         placed = {i for i, slot in enumerate(self._slot_of) if slot != _ABSENT}
         assert owned == placed, "slots and owners differ"

@@ -35,6 +35,8 @@ class RuntimeConfig:
         reader_threads: threads that read experts from disk, 1 to 16.
         preload: fill the slots before the first step: True, False, or `"auto"` (only if every
             expert fits).
+        plan: what the experts that stay resident are chosen by: the path of a plan file, or the
+            model's name in a plan given as an object; None if there is no plan.
     """
 
     expert_budget: int | str = "auto"
@@ -46,6 +48,7 @@ class RuntimeConfig:
     layout: str = "native"
     reader_threads: int = 3
     preload: bool | str = "auto"
+    plan: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("expert_budget", "host_budget"):
@@ -63,6 +66,8 @@ class RuntimeConfig:
             raise ConfigError(f"layout must be 'native', 'rows' or 'auto', found {self.layout!r}")
         if self.preload not in (True, False, "auto"):
             raise ConfigError(f"preload must be True, False or 'auto', found {self.preload!r}")
+        if self.plan is not None and not isinstance(self.plan, str):
+            raise ConfigError(f"plan names a plan: a text, found {self.plan!r}")
         if not isinstance(self.device, str):
             raise ConfigError(
                 f"device must be a text like 'cpu' or 'cuda:0', found {self.device!r}"

@@ -387,12 +387,17 @@ class Executor:
         self.profiler.stall_seconds[position] += step.stall
         self.profiler.layer_step(access, step.misses, step.nbytes, step.stall)
 
-    def preload(self) -> None:
-        """Fill free slots with experts in order, layer by layer, as far as they go."""
+    def preload(self, wanted: Sequence[Sequence[int]] | None = None) -> None:
+        """Fill free slots with experts, layer by layer, in order, as far as they go.
+
+        Args:
+            wanted: experts of each layer position; None for all.
+        """
         with self._lock:
             try:
                 for position, count in enumerate(self.cache.grid.experts):
-                    absent = [e for e in range(count) if self.cache.slot(position, e) < 0]
+                    experts = range(count) if wanted is None else wanted[position]
+                    absent = [e for e in experts if self.cache.slot(position, e) < 0]
                     absent = absent[: self.cache.free_slots(position)]
                     self._submit(position, self.cache.grant(position, absent))
                     step = _LayerStep(position)

@@ -9,6 +9,7 @@ import os
 import platform
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import transformers
@@ -16,7 +17,8 @@ import transformers
 from moe_runtime.budget import BudgetPlan
 from moe_runtime.cache import ExpertCache
 from moe_runtime.config import RuntimeConfig
-from moe_runtime.eviction import Belady, make_policy
+from moe_runtime.core import IntArray
+from moe_runtime.eviction import Belady, EvictionPolicy, make_policy
 from moe_runtime.memory import peak_rss
 from moe_runtime.model_spec import MoESpec
 from moe_runtime.profiler import Profiler
@@ -36,8 +38,9 @@ def run_record(
     device: torch.device,
     rss_before: int,
     simulated: bool,
+    plan: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The record of `docs/formats.md`, section Run."""
+    """The record of `docs/formats.md`, section Run; `plan` is its section of that name."""
     whole = sum(layer.num_experts for layer in spec.layers)
     return {
         "format": "moe-runtime.run",
@@ -74,7 +77,8 @@ def run_record(
             "rss_before_load": rss_before,
             "budget_used": budget.used,
         },
-        "simulation": _simulation(spec, config, budget, profiler) if simulated else None,
+        "plan": plan,
+        "simulation": _simulation(spec, config, budget, cache, profiler) if simulated else None,
         "comparison": None,
         "generated": [],
     }
@@ -147,22 +151,44 @@ def _processor() -> str:
 
 
 def _simulation(
-    spec: MoESpec, config: RuntimeConfig, budget: BudgetPlan, profiler: Profiler
+    spec: MoESpec,
+    config: RuntimeConfig,
+    budget: BudgetPlan,
+    cache: ExpertCache,
+    profiler: Profiler,
 ) -> dict[str, Any] | None:
     """The same routing replayed with LRU, this policy and Belady, each from a cold start.
 
+    What a plan keeps resident stays in each of them; beside them is this policy without the plan.
     One pool over all layers: with several expert shapes there is no single Belady, and None.
     """
     if len(budget.slots) != 1 or not profiler.accesses or profiler.dropped_accesses:
         return None
     slots, accesses = budget.slots[0], profiler.accesses
-    policies = {
-        "lru": make_policy("lru", spec.grid),
-        config.policy: make_policy(config.policy, spec.grid, **config.policy_options),
-        "belady": Belady(spec.grid, accesses),
+    pinned = _permanent(cache)
+
+    def own() -> EvictionPolicy:
+        return make_policy(config.policy, spec.grid, **config.policy_options)
+
+    policies: dict[str, tuple[EvictionPolicy, IntArray | None]] = {
+        "lru": (make_policy("lru", spec.grid), pinned),
+        config.policy: (own(), pinned),
+        "belady": (Belady(spec.grid, accesses), pinned),
     }
+    if pinned is not None:
+        policies[f"{config.policy} without the plan"] = (own(), None)
     result: dict[str, Any] = {"slots": slots, "accesses": len(accesses)}
-    for name, policy in policies.items():
-        outcome = simulate(policy, spec.grid, accesses, slots)
+    for name, (policy, stays) in policies.items():
+        outcome = simulate(policy, spec.grid, accesses, slots, pinned=stays)
         result[name] = {"hits": outcome.hits, "misses": outcome.misses}
     return result
+
+
+def _permanent(cache: ExpertCache) -> IntArray | None:
+    """Dense indices of the experts that never leave; None if there are none."""
+    found = [
+        offset + expert
+        for position, offset in enumerate(cache.grid.offsets)
+        for expert in sorted(cache.permanent(position))
+    ]
+    return np.array(found, np.int64) if found else None

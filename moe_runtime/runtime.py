@@ -39,6 +39,7 @@ from moe_runtime.loading import (
 from moe_runtime.memory import free_memory, resident_set
 from moe_runtime.model_spec import MoESpec, read_spec
 from moe_runtime.paged import PagedParameter
+from moe_runtime.pinning import Pinning, PlanLike, open_plan
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
 from moe_runtime.recorder import Recorder
@@ -72,6 +73,7 @@ class Runtime:
     Attributes:
         spec: the model's MoE structure.
         config: the options as given.
+        pinning: what a plan keeps resident, None without a plan.
         budget: what the budget holds.
         cache, executor, profiler: the parts, for whoever wants to look.
     """
@@ -85,6 +87,7 @@ class Runtime:
         *,
         paged: bool,
         rss_before: int = 0,
+        pinning: Pinning | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self.spec = spec
@@ -92,6 +95,7 @@ class Runtime:
         self.device = device
         self.paged = paged
         self.rss_before = rss_before
+        self.pinning = pinning
         self.budget: BudgetPlan
         self.cache: ExpertCache
         self.executor: Executor
@@ -131,9 +135,17 @@ class Runtime:
         disk = experts is not None
         flips = flipped_groups(self.spec, by_rows=by_rows)
         total, text = self._resolve(flips)
+        pinned = self.pinning.counts if self.pinning else ()
         if not in_place:
             self.budget = plan_budget(
-                self.spec, total, text, threads=threads, floor=floor, disk=disk, flips=flips
+                self.spec,
+                total,
+                text,
+                threads=threads,
+                floor=floor,
+                disk=disk,
+                flips=flips,
+                pinned=pinned,
             )
             counts: tuple[int, ...] = self.budget.slots
             groups = [self.spec.group_of(p) for p in range(len(self.spec.layers))]
@@ -155,7 +167,8 @@ class Runtime:
                 threads=1,
                 staging=0,
                 pools=0,
-                explanation="the model's own Parameters serve as slots; no memory is freed",
+                explanation="the model's own Parameters serve as slots; no memory is freed"
+                + (f"; {sum(pinned)} experts pinned by the plan" if pinned else ""),
             )
         policy = make_policy(self.config.policy, grid, **self.config.policy_options)
         self.cache = ExpertCache(grid, groups, counts, policy)
@@ -340,6 +353,7 @@ class Runtime:
                 device=self.device.torch_device,
                 rss_before=self.rss_before,
                 simulated=simulate,
+                plan=self.pinning.record(self.spec, self.cache) if self.pinning else None,
             )
 
     def expert_tensors(self, position: int, expert: int) -> tuple[torch.Tensor, ...]:
@@ -375,6 +389,7 @@ def from_pretrained(
     layout: str = "native",
     reader_threads: int = 3,
     preload: bool | str = "auto",
+    plan: PlanLike | None = None,
     auto_class: str | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -384,6 +399,8 @@ def from_pretrained(
         path_or_id: a folder or a hub id, as `AutoModelForCausalLM.from_pretrained` takes it.
         expert_budget, host_budget, device, policy, policy_options, exact, layout, reader_threads,
             preload: see `RuntimeConfig`.
+        plan: a plan file or a `Plan` for one device: the experts of its tier `"device"` are loaded
+            at the start and stay; the policy has the rest of the budget.
         auto_class: name of the auto class to load with; None for the first that knows the model.
         hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
 
@@ -393,9 +410,12 @@ def from_pretrained(
 
     Raises:
         UnsupportedModelError: no MoE layer behind transformers' experts interface, or quantised.
-        BudgetError: the budget does not hold one layer's top-k; says the least that works.
+        BudgetError: the budget does not hold one layer's top-k beside what the plan pins; says the
+            least that works.
+        PlanError: the plan is damaged, for another model, or for several devices.
         CheckpointError: the checkpoint is damaged or incomplete.
     """
+    chosen = open_plan(plan)
     config = RuntimeConfig(
         expert_budget=expert_budget,
         host_budget=host_budget,
@@ -406,6 +426,7 @@ def from_pretrained(
         layout=layout,
         reader_threads=reader_threads,
         preload=preload,
+        plan=None if chosen is None else chosen.name,
     )
     place = open_device(device)
     before = resident_set()
@@ -414,6 +435,9 @@ def from_pretrained(
     model_config = read_config(path_or_id, options)
     cls = resolve_class(model_config, auto_class)
     files = _open_files(path_or_id, options)
+    if chosen is not None:  # a plan for another model is refused before weights are loaded
+        _, built = build_structure(cls, model_config, options.get("dtype"))
+        chosen.for_model(_named(built.of(), path_or_id))
     result, structure = load_without_experts(cls, path_or_id, options)
     model: PreTrainedModel = result[0] if isinstance(result, tuple) else result
     spec = _named(structure.of(), path_or_id)
@@ -421,7 +445,15 @@ def from_pretrained(
         model, spec, files, structure.keys, key_mapping=options.get("key_mapping")
     )
     model.to(place.torch_device)  # type: ignore[arg-type]
-    runtime = Runtime(model, spec, config, place, paged=True, rss_before=before)
+    runtime = Runtime(
+        model,
+        spec,
+        config,
+        place,
+        paged=True,
+        rss_before=before,
+        pinning=None if chosen is None else chosen.for_model(spec),
+    )
     runtime.open(experts=experts)
     _place_placeholders(model, spec, place)
     runtime.install()
@@ -443,6 +475,7 @@ def attach(
     layout: str = "native",
     reader_threads: int = 3,
     preload: bool | str = "auto",
+    plan: PlanLike | None = None,
 ) -> PreTrainedModel:
     """Run a model that is already in memory through the runtime; its Parameters are the host tier.
 
@@ -455,10 +488,11 @@ def attach(
 
     Raises:
         AttachError: it is attached already.
-        UnsupportedModelError, BudgetError: as `from_pretrained`.
+        UnsupportedModelError, BudgetError, PlanError: as `from_pretrained`.
     """
     if _RUNTIME in model.__dict__:
         raise AttachError("this model is attached already; moe_runtime.detach(model) first")
+    chosen = open_plan(plan)
     config = RuntimeConfig(
         expert_budget=expert_budget,
         host_budget=host_budget,
@@ -469,6 +503,7 @@ def attach(
         layout=layout,
         reader_threads=reader_threads,
         preload=preload,
+        plan=None if chosen is None else chosen.name,
     )
     place = open_device(device)
     spec = read_spec(model)
@@ -482,7 +517,15 @@ def attach(
             f"the experts lie on {away.pop()}; attach takes a model whose experts are in host "
             "memory (load it with device_map='cpu')"
         )
-    runtime = Runtime(model, spec, config, place, paged=False, rss_before=resident_set())
+    runtime = Runtime(
+        model,
+        spec,
+        config,
+        place,
+        paged=False,
+        rss_before=resident_set(),
+        pinning=None if chosen is None else chosen.for_model(spec),
+    )
     in_place = place.is_cpu and expert_budget == "auto"
     runtime.open(stacked=stacked, in_place=in_place)
     if place.is_cpu:
@@ -490,8 +533,7 @@ def attach(
     else:
         _move_dense(model, spec, place.torch_device)
     runtime.install()
-    if not in_place:
-        _preload(runtime)
+    _preload(runtime)
     return model
 
 
@@ -604,6 +646,8 @@ def _place_placeholders(model: nn.Module, spec: MoESpec, device: Device) -> None
 
 
 def _preload(runtime: Runtime) -> None:
+    if runtime.pinning is not None:
+        runtime.pinning.apply(runtime.executor)
     fits = sum(runtime.budget.slots) >= runtime.spec.grid.size
     if runtime.config.preload is True or (runtime.config.preload == "auto" and fits):
         runtime.executor.preload()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid, IntArray
@@ -27,7 +28,9 @@ class SimulationResult:
         steps: layer steps.
         hits, misses: requests for experts found in the pool, and loaded.
         evictions: experts that left the pool.
-        first_uses: distinct experts requested, which no policy can avoid loading.
+        first_uses: distinct experts requested, which no policy can avoid loading; without those
+            that are pinned.
+        pinned_hits: the hits of pinned experts.
         waves: rounds of loading; more than one in a step that needs more experts than slots.
         hits_by_position, misses_by_position: the same counts by position in `ExpertGrid.layers`.
         bytes_read: bytes of all misses, if bytes per expert were given.
@@ -43,6 +46,7 @@ class SimulationResult:
     hits_by_position: tuple[int, ...]
     misses_by_position: tuple[int, ...]
     bytes_read: int | None
+    pinned_hits: int = 0
 
     @property
     def requests(self) -> int:
@@ -83,6 +87,7 @@ def simulate(
     slots: int,
     *,
     expert_bytes: Sequence[int] | None = None,
+    pinned: IntArray | None = None,
 ) -> SimulationResult:
     """Replay `accesses` through one pool of `slots` experts over all layers, cold at first.
 
@@ -96,12 +101,20 @@ def simulate(
         accesses: the run, in order.
         slots: size of the pool, in experts, 1 or more.
         expert_bytes: bytes of one expert of each layer, to count `bytes_read`.
+        pinned: int64 `[P]`, dense indices of experts that lie in slots from the start and never
+            leave; loading them counts as nothing. The policy is not asked about them.
 
     Raises:
-        BudgetError: no slots. ConfigError: `expert_bytes` of another length than the layers.
+        BudgetError: no slots, or none that is not pinned. ConfigError: `expert_bytes` of another
+            length than the layers, or a pinned expert that is not in the grid.
     """
-    if slots < 1:
-        raise BudgetError(f"the simulator needs a slot at least, found {slots}")
+    permanent = _flags(grid, pinned)
+    slots_given, slots = slots, slots - int(permanent.sum())
+    if slots < 1 and (slots_given < 1 or slots < 0 or not permanent.all()):
+        raise BudgetError(
+            f"the simulator needs a slot at least besides the pinned experts, found {slots_given} "
+            f"slots and {int(permanent.sum())} pinned"
+        )
     if expert_bytes is not None and len(expert_bytes) != len(grid.layers):
         raise ConfigError(
             f"expert_bytes need one entry for each of the {len(grid.layers)} layers, "
@@ -110,10 +123,15 @@ def simulate(
     pool = _Pool(grid.size, slots)
     seen = np.zeros(grid.size, dtype=bool)
     hits, misses = [0] * len(grid.layers), [0] * len(grid.layers)
-    waves = 0
+    waves = pinned_hits = 0
     for access in accesses:
         policy.observe(access.position, access.experts, access.tokens)
         needed = grid.offsets[access.position] + access.experts
+        if pinned is not None:
+            stays = permanent[needed]
+            hits[access.position] += int(stays.sum())
+            pinned_hits += int(stays.sum())
+            needed = needed[~stays]
         seen[needed] = True
         found = pool.resident[needed]
         held, missing = needed[found], needed[~found]
@@ -131,7 +149,7 @@ def simulate(
     if expert_bytes is not None:
         read = sum(count * size for count, size in zip(misses, expert_bytes, strict=True))
     return SimulationResult(
-        slots=slots,
+        slots=slots_given,
         steps=len(accesses),
         hits=sum(hits),
         misses=sum(misses),
@@ -141,4 +159,17 @@ def simulate(
         hits_by_position=tuple(hits),
         misses_by_position=tuple(misses),
         bytes_read=read,
+        pinned_hits=pinned_hits,
     )
+
+
+def _flags(grid: ExpertGrid, pinned: IntArray | None) -> NDArray[np.bool_]:
+    flags = np.zeros(grid.size, dtype=np.bool_)
+    if pinned is not None and len(pinned):
+        if not 0 <= int(pinned.min()) <= int(pinned.max()) < grid.size:
+            raise ConfigError(
+                f"pinned experts are dense indices 0 to {grid.size - 1}, found "
+                f"{int(pinned.min())} to {int(pinned.max())}"
+            )
+        flags[pinned] = True
+    return flags

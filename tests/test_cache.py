@@ -70,8 +70,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.pinned: set[tuple[int, int]] = set()
         self.position = -1  # of the layer step under way
         self.absent: list[int] = []
+        self.permanent: set[tuple[int, int]] = set()
         self.hits = [0] * len(GROUP_OF)
         self.misses = [0] * len(GROUP_OF)
+        self.permanent_hits = [0] * len(GROUP_OF)
         self.evictions = self.rereads = 0
         self.seen: set[tuple[int, int]] = set()
 
@@ -88,6 +90,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.pinned |= {(position, expert) for expert in hits}
         self.hits[position] += len(hits)
         self.misses[position] += len(misses)
+        self.permanent_hits[position] += sum((position, e) in self.permanent for e in hits)
 
     @precondition(lambda self: self.absent)
     @rule(count=st.integers(1, 5))
@@ -140,6 +143,15 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.pin(*key)
             self.pinned.add(key)
 
+    @precondition(lambda self: len(self.permanent) < 5)
+    @rule(data=st.data())
+    def make_permanent(self, data: st.DataObject) -> None:
+        residents = sorted(set(self.placed) - self.loading)
+        if residents:
+            position, expert = data.draw(st.sampled_from(residents))
+            self.cache.make_permanent(position, [expert])
+            self.permanent.add((position, expert))
+
     @precondition(lambda self: not self.absent and not self.loading and not self.pinned)
     @rule()
     def end_step(self) -> None:
@@ -160,6 +172,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.reset_counters()
         self.hits = [0] * len(GROUP_OF)
         self.misses = [0] * len(GROUP_OF)
+        self.permanent_hits = [0] * len(GROUP_OF)
         self.evictions = self.rereads = 0
 
     # -- what always holds ----------------------------------------------------------------------
@@ -179,6 +192,11 @@ class CacheMachine(RuleBasedStateMachine):
         assert cache.residents().tolist() == resident
         assert cache.counters.hits.tolist() == self.hits
         assert cache.counters.misses.tolist() == self.misses
+        assert cache.counters.permanent_hits.tolist() == self.permanent_hits
+        assert self.permanent <= set(self.placed) - self.loading
+        for position in range(len(GROUP_OF)):
+            mine = {expert for at, expert in self.permanent if at == position}
+            assert cache.permanent(position) == mine
         assert cache.counters.evictions == self.evictions
         assert cache.counters.rereads == self.rereads
 
@@ -189,7 +207,7 @@ class CacheMachine(RuleBasedStateMachine):
         return {
             key
             for key in self.placed
-            if GROUP_OF[key[0]] == group and key not in self.loading and key not in self.pinned
+            if GROUP_OF[key[0]] == group and key not in self.loading | self.pinned | self.permanent
         }
 
 
@@ -254,6 +272,39 @@ def test_counters_equal_the_simulators(policy: str, run: list[Access], slots: in
     assert tuple(cache.counters.misses) == expected.misses_by_position
     assert cache.counters.evictions == expected.evictions
     assert cache.counters.rereads == expected.misses - expected.first_uses
+
+
+@settings(max_examples=60)
+@given(
+    run=runs(ONE_POOL),
+    pinned=st.sets(st.integers(0, ONE_POOL.size - 1), max_size=ONE_POOL.size),
+    spare=st.integers(1, 9),
+    policy=st.sampled_from(ONLINE),
+)
+def test_permanent_residents_count_as_in_the_simulator(
+    run: list[Access], pinned: set[int], spare: int, policy: str
+) -> None:
+    slots = min(len(pinned) + spare, ONE_POOL.size)
+    cache = ExpertCache(ONE_POOL, (0, 0, 0), (slots,), fresh_policy(policy, ONE_POOL))
+    for position, expert in (
+        (ONE_POOL.position[layer], expert)
+        for layer, expert in map(ONE_POOL.expert_id, sorted(pinned))
+    ):
+        assert cache.grant(position, [expert]) == [expert]
+        cache.commit(position, expert)
+        cache.release(position, [expert])
+        cache.make_permanent(position, [expert])
+    for step in run:
+        layer_step(cache, step)
+        cache.check_integrity()
+        assert pinned <= set(cache.residents().tolist())
+    expected = simulate(
+        fresh_policy(policy, ONE_POOL), ONE_POOL, run, slots, pinned=np.array(sorted(pinned), int)
+    )
+    assert tuple(cache.counters.hits) == expected.hits_by_position
+    assert tuple(cache.counters.misses) == expected.misses_by_position
+    assert cache.counters.permanent_hits.sum() == expected.pinned_hits
+    assert cache.counters.evictions == expected.evictions
 
 
 def test_two_pools_count_as_two_simulations() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import typer
+from moe_runtime.placement.plan import LayerPlan, Plan
+from moe_runtime.placement.topology import Topology
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -24,14 +26,14 @@ BUDGET = str(ALL_EXPERT_BYTES // 4)
 
 # Every command with its options. Whoever changes this changes what people have in their scripts.
 SURFACE = {
-    "demo": {"--budget", "--out-dir", "--new-tokens", "--policy"},
+    "demo": {"--budget", "--out-dir", "--new-tokens", "--policy", "--plan"},
     "export": {
         *("PLAN", "--to", "--out", "--check", "--num-hidden-layers", "--model", "--counts"),
     },
     "generate": {
         *("MODEL", "--prompt", "--prompt-file", "--max-new-tokens", "--temperature", "--seed"),
         *("--chat", "--expert-budget", "--host-budget", "--device", "--policy", "--exact"),
-        *("--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
+        *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
         *("--local-files-only", "--run"),
     },
     "inspect": {
@@ -247,6 +249,48 @@ def test_generate_json(checkpoint: Path, tmp_path: Path) -> None:
     assert data["prompt"] == "if a:"
     assert data["new_tokens"] == 12
     assert data["summary"]["budget_bytes"] == int(BUDGET)
+
+
+def plan_file(checkpoint: Path, folder: Path, *, fingerprint: str = "") -> Path:
+    """A plan that keeps the first three experts of every layer."""
+    plan = Plan(
+        topology=Topology.of(1),
+        layers=tuple(
+            LayerPlan(
+                layer=layer,
+                hosts=((0,),) * EXPERTS,
+                tiers=("device",) * 3 + ("disk",) * (EXPERTS - 3),
+            )
+            for layer in range(LAYERS)
+        ),
+        fingerprint=fingerprint,
+    )
+    return plan.save(folder / "x.plan.json")
+
+
+def test_generate_runs_a_plan(checkpoint: Path, tmp_path: Path) -> None:
+    record = tmp_path / "run.json"
+    result = run(
+        *("generate", checkpoint, "-p", "if a:", "--exact", "-n", 12, "--expert-budget", "50%"),
+        *("--plan", plan_file(checkpoint, tmp_path), "--run", record),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{plain_text(checkpoint, 'if a:', 12)}\n"
+    data = json.loads(record.read_text(encoding="utf-8"))
+    assert data["plan"]["pinned"] == 3 * LAYERS
+    assert data["config"]["plan"] == str(tmp_path / "x.plan.json")
+    assert "12 experts pinned by the plan" in data["budget"]["explanation"]
+
+
+def test_a_plan_for_another_model_exits_with_2(checkpoint: Path, tmp_path: Path) -> None:
+    plan = plan_file(checkpoint, tmp_path, fingerprint="0" * 16)
+    record = tmp_path / "run.json"
+    result = run("generate", checkpoint, "-p", "x", "--plan", plan, "--json", "--run", record)
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"] == "PlanError"
+    assert "x.plan.json: the plan is for" in result.stderr
+    assert not record.exists()
+    assert run("demo", "--plan", tmp_path / "absent", "--out-dir", tmp_path).exit_code == 2
 
 
 def test_generate_samples_the_same_for_a_seed(checkpoint: Path) -> None:

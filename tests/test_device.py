@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from moe_runtime.placement.plan import LayerPlan, Plan
+from moe_runtime.placement.topology import Topology
 from transformers import PreTrainedModel
 
 import later_device
@@ -137,6 +139,45 @@ def test_bits_do_not_depend_on_what_is_resident(
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
     assert_close(found[0], expected)
     assert device.faults == []
+
+
+@pytest.mark.parametrize("wholly", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_bits_do_not_depend_on_what_a_plan_keeps(
+    tiny_checkpoints: TinyCheckpoints,
+    device: LaterDevice,
+    expected: list[torch.Tensor],
+    exact: bool,
+    wholly: bool,
+) -> None:
+    """Some experts of two layers, or all of layer 1, which then runs without the host."""
+    kept = {1: set(range(EXPERTS))} if wholly else {0: {1, 2, 9}, 3: {0, 15}}
+    plan = Plan(
+        topology=Topology.of(1),
+        layers=tuple(
+            LayerPlan(
+                layer=layer,
+                hosts=((0,),) * EXPERTS,
+                tiers=tuple(
+                    "device" if expert in kept.get(layer, ()) else "host"
+                    for expert in range(EXPERTS)
+                ),
+            )
+            for layer in range(LAYERS)
+        ),
+    )
+    path = tiny_checkpoints.fused
+    model = load(path, expert_budget="50%", exact=exact, plan=plan)
+    runtime = moe_runtime.runtime_of(model)
+    found = logits(model)
+    plain = logits(load(path, expert_budget="100%", exact=exact))
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    assert_close(found, expected)
+    assert device.faults == []
+    runtime.check_integrity()
+    for layer, experts in kept.items():
+        assert all(runtime.cache.is_resident(layer, expert) for expert in experts)
+    assert runtime.cache.counters.evictions > 0
 
 
 def test_the_device_itself_is_strict(device: LaterDevice) -> None:

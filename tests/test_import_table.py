@@ -68,16 +68,17 @@ interface         | executor                               | torch transformers
 recorder          | model_spec trace steps                 | torch numpy
 saving            | model_spec safetensors_index checkpoint paged | torch
 run_record        | version access budget cache config eviction memory model_spec profiler \
-                    simulate                               | torch transformers psutil
+                    simulate                               | numpy torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
 steering          | trace model_spec                       | torch numpy
 placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
-placement.ilp     | trace placement.*                      | numpy pulp
+placement.ilp*    | trace placement.*                      | numpy pulp
 placement.export_*| trace placement.*                      | numpy torch yaml
 placement.bake*   | model_spec checkpoint safetensors_index placement.plan placement.bake* \
                   | numpy torch transformers safetensors
 placement.*       | trace placement.*                      | numpy scipy
+pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 __init__          | ABOVE                                  |

@@ -147,6 +147,16 @@ def test_record_is_kept_as_given(record: dict[str, Any]) -> None:
         (("residency", "bitmaps", 1), "?", r"bitmaps\[1\] is not base64"),
         (("residency", "steps"), [1], "one text for each"),
         (("simulation", "lru"), {"hits": 1}, "simulation.lru.misses is missing"),
+        (("plan",), [], "plan must be an object, found list"),
+        (("plan",), {"pinned": 1, "pinned_bytes": 1}, "plan.layers must be a list"),
+        (("plan",), {"layers": [], "pinned": -1}, "plan.pinned must be finite and not negative"),
+        (("plan",), {"layers": [3]}, r"plan.layers\[0\] must be an object, found int"),
+        (("plan",), {"layers": [{"layer": 9, "pinned": 1}]}, r"plan.layers\[0\] is of layer 9"),
+        (
+            ("plan",),
+            {"layers": [{"layer": 1, "pinned": 1, "observed_share": 1.5}]},
+            r"plan.layers\[0\].observed_share must be a share of 0 to 1, found 1.5",
+        ),
     ],
 )
 def test_damaged_records_are_refused(
@@ -247,6 +257,49 @@ def test_same_record_same_page(record: dict[str, Any], page: str) -> None:
 def test_a_miss_more_is_seen(record: dict[str, Any], page: str) -> None:
     changed = with_value(record, record["counters"]["misses"] + 1, "counters", "misses")
     assert Report.from_run(changed).to_html() != page
+
+
+def with_plan(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run with a plan: nothing predicted for layer 3, which was not used."""
+    layers = [
+        {"layer": at, "pinned": 2 + at, "predicted_share": 0.1 * at, "observed_share": 0.125}
+        for at in range(3)
+    ]
+    layers.append({"layer": 3, "pinned": 1, "predicted_share": None, "observed_share": None})
+    plan = {
+        "name": "heat <1>.plan.json",
+        "pinned": 10,
+        "pinned_bytes": 10 * EXPERT_BYTES,
+        "predicted_share": 0.4375,
+        "observed_share": 0.40625,
+        "layers": layers,
+    }
+    return with_value(record, plan, "plan")
+
+
+def test_predicted_stands_beside_observed(record: dict[str, Any], page: str) -> None:
+    report = Report.from_run(with_plan(record))
+    line = next(line for line in str(report).splitlines() if line.strip().startswith("plan"))
+    assert "10 experts pinned (960 KiB) by heat <1>.plan.json" in line
+    assert "predicted to serve 43.8 % of the uses, served 40.6 %" in line
+    shown = report.to_html()
+    assert not Outline(shown).faults
+    assert "The plan's experts" in Outline(shown).headings
+    assert shown.count("<svg") == page.count("<svg") + 1
+    assert "#010a" not in shown
+    assert "heat &lt;1&gt;.plan.json keeps 10 experts" in shown
+    for cell in ("43.8 %", "40.6 %", "\N{MINUS SIGN}3.1", "+12.5", "\N{MINUS SIGN}7.5"):
+        assert f"<td>{cell}</td>" in shown
+    assert report.to_dict() == with_plan(record)
+
+
+def test_a_plan_that_predicts_nothing_and_a_run_that_used_nothing_render(
+    record: dict[str, Any],
+) -> None:
+    bare = {"name": "", "pinned": 0, "pinned_bytes": 0, "layers": []}
+    report = Report.from_run(with_value(record, bare, "plan"))
+    assert not Outline(report.to_html()).faults
+    assert "by unnamed plan" in str(report)
 
 
 ODD_RUNS = {

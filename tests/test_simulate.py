@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import ClassVar
 
@@ -227,3 +228,64 @@ def test_an_empty_run_has_no_hits() -> None:
     grid = ExpertGrid(layers=(0,), experts=(2,))
     found = simulate(LeastRecentlyUsed(grid), grid, [], 1)
     assert (found.requests, found.hit_rate) == (0, 0.0)
+
+
+def dense(*indices: int) -> IntArray:
+    return np.array(indices, dtype=np.int64)
+
+
+def test_pinned_experts_never_miss_and_the_others_share_the_rest() -> None:
+    grid = ExpertGrid(layers=(0,), experts=(6,))
+    run = [access(0, 0), access(0, 1), access(0, 2), access(0, 0, 1)]
+    free = simulate(LeastRecentlyUsed(grid), grid, run, 2)
+    kept = simulate(LeastRecentlyUsed(grid), grid, run, 2, pinned=dense(0))
+    assert (free.hits, free.misses) == (1, 4)
+    assert (kept.hits, kept.misses, kept.pinned_hits) == (2, 3, 2)
+    assert kept.first_uses == 2
+    assert kept.slots == 2
+
+
+@given(runs(), st.integers(1, 12))
+def test_pinning_nothing_changes_nothing(run: Run, slots: int) -> None:
+    grid, accesses = run
+    plain = simulate(LeastRecentlyUsed(grid), grid, accesses, slots)
+    assert simulate(LeastRecentlyUsed(grid), grid, accesses, slots, pinned=dense()) == plain
+
+
+@given(runs(), st.data())
+def test_pinning_is_a_smaller_pool_for_fewer_experts(run: Run, data: st.DataObject) -> None:
+    """The rest of the run, without the pinned experts, in what slots are left."""
+    grid, accesses = run
+    pinned = np.array(sorted(data.draw(st.sets(st.integers(0, grid.size - 1)))), np.int64)
+    spare = data.draw(st.integers(1, 8))
+    rest = []
+    for step in accesses:
+        kept = ~np.isin(grid.offsets[step.position] + step.experts, pinned)
+        rest.append(replace(step, experts=step.experts[kept], tokens=step.tokens[kept]))
+    found = simulate(LeastRecentlyUsed(grid), grid, accesses, len(pinned) + spare, pinned=pinned)
+    alone = simulate(LeastRecentlyUsed(grid), grid, rest, spare)
+    assert (found.misses, found.evictions) == (alone.misses, alone.evictions)
+    assert found.hits == alone.hits + found.pinned_hits
+
+
+@pytest.mark.parametrize(
+    ("slots", "pinned", "error", "message"),
+    [
+        (2, (0, 1), BudgetError, "found 2 slots and 2 pinned"),
+        (1, (0, 1), BudgetError, "found 1 slots and 2 pinned"),
+        (3, (0, 6), ConfigError, "dense indices 0 to 5, found 0 to 6"),
+        (3, (-1, 2), ConfigError, "found -1 to 2"),
+    ],
+)
+def test_what_cannot_be_pinned_is_said(
+    slots: int, pinned: tuple[int, ...], error: type[Exception], message: str
+) -> None:
+    grid = ExpertGrid(layers=(0,), experts=(6,))
+    with pytest.raises(error, match=message):
+        simulate(LeastRecentlyUsed(grid), grid, [access(0, 1)], slots, pinned=dense(*pinned))
+
+
+def test_all_experts_may_be_pinned() -> None:
+    grid = ExpertGrid(layers=(0,), experts=(3,))
+    found = simulate(LeastRecentlyUsed(grid), grid, [access(0, 0, 2)], 3, pinned=dense(0, 1, 2))
+    assert (found.hits, found.misses, found.pinned_hits) == (2, 0, 2)

@@ -20,6 +20,7 @@ import typer
 from moe_runtime.cli.options import (
     DebugOption,
     JsonOption,
+    PlanOption,
     PolicyOption,
     checked_budget,
     outcome_place,
@@ -65,6 +66,7 @@ def demo(
         int, typer.Option("--new-tokens", "-n", min=1, help="Tokens for each prompt.")
     ] = 64,
     policy: PolicyOption = "lru",
+    plan: PlanOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -79,7 +81,7 @@ def demo(
         page = outcome_place(out_dir / "report.html")
         quiet_libraries(debug=debug)
         with resources.as_file(bundled_model()) as folder:
-            report = _run(folder, budget, policy, new_tokens)
+            report = _run(folder, budget, policy, plan, new_tokens)
         report.save(page)
         record = report.save(out_dir / "run.json")
         if as_json:
@@ -105,7 +107,7 @@ def bundled_model() -> Traversable:
     return resources.files("moe_runtime") / "data" / "bundled"
 
 
-def _run(folder: Path, budget: str, policy: str, new_tokens: int) -> Report:
+def _run(folder: Path, budget: str, policy: str, plan: Path | None, new_tokens: int) -> Report:
     """Generate in the budget, then plainly, and compare."""
     from transformers import AutoTokenizer
 
@@ -115,7 +117,7 @@ def _run(folder: Path, budget: str, policy: str, new_tokens: int) -> Report:
     prompts = read_prompts(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = moe_runtime.from_pretrained(
-        str(folder), expert_budget=budget, policy=policy, device="cpu", exact=True
+        str(folder), expert_budget=budget, policy=policy, plan=plan, device="cpu", exact=True
     )
     console = to_stderr()
     encoded = [_encode(tokenizer, prompt.text) for prompt in prompts]

@@ -22,6 +22,7 @@ __all__ = [
     "JsonOption",
     "LocalOption",
     "ModelArgument",
+    "PlanOption",
     "PolicyOption",
     "ReaderThreadsOption",
     "RevisionOption",
@@ -67,6 +68,14 @@ HostBudgetOption = Annotated[
 ]
 PolicyOption = Annotated[
     str, typer.Option("--policy", help="Which experts to evict: lru, lfu, ... by name.")
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        metavar="X.plan.json",
+        help="Keep resident what this plan for one device keeps; the policy has the rest.",
+    ),
 ]
 ExactOption = Annotated[
     bool,

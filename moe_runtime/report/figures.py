@@ -27,6 +27,7 @@ __all__ = [
     "hit_rate_by_layer",
     "latency_over_time",
     "misses_over_time",
+    "pinned_by_layer",
     "residency_over_time",
     "residency_share",
 ]
@@ -200,6 +201,40 @@ def hit_rate_by_layer(run: Run) -> str | None:
         axes.set_ylim(0, 100)
         axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
         axes.set_xlabel("layer")
+    return drawing.svg
+
+
+def pinned_by_layer(run: Run) -> str | None:
+    """Share of each layer's uses that the plan's experts served as bars, predicted as marks."""
+    layers = run.pinned.layers if run.pinned is not None else ()
+    observed = [layer.observed for layer in layers]
+    predicted = [layer.predicted for layer in layers]
+    if all(value is None for value in (*observed, *predicted)):
+        return None
+    with _drawing(_FULL) as drawing:
+        axes = drawing.figure.add_subplot()
+        axes.grid(axis="y")
+        axes.spines["left"].set_visible(False)
+        places = np.arange(len(layers))
+        heights = [100 * (value or 0) for value in observed]
+        axes.bar(places, heights, 0.7, color=_ACCENT, label="observed")
+        known = [at for at, value in enumerate(predicted) if value is not None]
+        marks = [100 * (predicted[at] or 0) for at in known]
+        axes.hlines(
+            marks,
+            [at - 0.42 for at in known],
+            [at + 0.42 for at in known],
+            color=_TEXT,
+            linewidth=1.8,
+            label="predicted",
+        )
+        stride = max(1, -(-len(layers) // 32))
+        axes.set_xticks(places[::stride], [str(layer.layer) for layer in layers][::stride])
+        axes.set_xlim(-0.6, max(len(layers), 4) - 0.4)
+        axes.set_ylim(0, 100)
+        axes.set_yticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
+        axes.set_xlabel("layer")
+        _legend(drawing, axes)
     return drawing.svg
 
 

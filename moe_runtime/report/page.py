@@ -120,6 +120,14 @@ def render_page(run: Run, summary: Summary) -> str:
                 full=percent(most_held),
             ),
         ),
+        plan=_plan(run),
+        plan_figures=_present(
+            Figure(
+                title="Uses served by the plan's experts, by layer",
+                note="share of the layer's uses",
+                svg=figures.pinned_by_layer(run) or "",
+            ),
+        ),
         snapshots=0 if run.residency is None else len(run.residency.steps),
         dropped=run.steps.dropped,
         latencies=_latencies(run),
@@ -214,6 +222,39 @@ def _policies(run: Run) -> list[PolicyRow]:
         )
         for name, kind, hit_rate, misses in lines
     ]
+
+
+def _plan(run: Run) -> dict[str, Any] | None:
+    """What the plan pins, predicted beside observed: the whole run, then each layer."""
+    plan = run.pinned
+    if plan is None:
+        return None
+    rows = [
+        ("All layers", plan.pinned, plan.predicted, plan.observed),
+        *((str(row.layer), row.pinned, row.predicted, row.observed) for row in plan.layers),
+    ]
+    return {
+        "name": plan.name,
+        "pinned": count(plan.pinned),
+        "bytes": size(plan.nbytes),
+        "rows": [
+            {
+                "layer": layer,
+                "pinned": count(pinned),
+                "predicted": percent(predicted),
+                "observed": percent(observed),
+                "off": _points(predicted, observed),
+            }
+            for layer, pinned, predicted, observed in rows
+        ],
+    }
+
+
+def _points(predicted: float | None, observed: float | None) -> str:
+    """Observed less predicted, in percentage points."""
+    if predicted is None or observed is None:
+        return NONE
+    return f"{100 * (observed - predicted):+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _latencies(run: Run) -> list[dict[str, str]]:

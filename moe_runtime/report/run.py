@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_runtime.core import ExpertGrid, FloatArray, IntArray
-from moe_runtime.errors import ConfigError, MoERuntimeError
+from moe_runtime.errors import ConfigError
+from moe_runtime.report.fields import RunError
+from moe_runtime.report.fields import count as _count
+from moe_runtime.report.fields import mapping as _mapping
+from moe_runtime.report.fields import number as _number
+from moe_runtime.report.pinned import PinnedExperts, read_pinned
 
 __all__ = [
     "DECODE",
@@ -41,10 +45,6 @@ PREFILL, DECODE = 0, 1
 
 _SECTIONS = ("model", "config", "budget", "machine", "counters")
 _STEP_COLUMNS = ("phase", "tokens", "seconds", "hits", "misses", "bytes", "stall_seconds")
-
-
-class RunError(MoERuntimeError, ValueError):
-    """A run record is damaged, incomplete or of another version; the message names the field."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +152,7 @@ class Run:
     steps: StepColumns
     residency: Residency | None
     simulated: tuple[SimulatedPolicy, ...]
+    pinned: PinnedExperts | None = None
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the record, empty where it was left out."""
@@ -198,34 +199,8 @@ def read_run(data: Any) -> Run:
         steps=_steps(data.get("steps")),
         residency=_residency(data.get("residency"), grid),
         simulated=_simulated(data.get("simulation")),
+        pinned=read_pinned(data.get("plan"), grid),
     )
-
-
-def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = data.get(name)
-    if not isinstance(value, Mapping):
-        found = "it is missing" if name not in data else f"found {type(value).__name__}"
-        raise RunError(f"run record: {name!r} must be an object, {found}")
-    return value
-
-
-def _number(data: Mapping[str, Any], name: str, where: str) -> float:
-    """A finite number of at least 0."""
-    value = data.get(name)
-    if name not in data:
-        raise RunError(f"run record: {where}.{name} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RunError(f"run record: {where}.{name} must be a number, found {value!r}")
-    if not math.isfinite(value) or value < 0:
-        raise RunError(f"run record: {where}.{name} must be finite and not negative, found {value}")
-    return value
-
-
-def _count(data: Mapping[str, Any], name: str, where: str) -> int:
-    value = _number(data, name, where)
-    if value != int(value):
-        raise RunError(f"run record: {where}.{name} must be a whole number, found {value}")
-    return int(value)
 
 
 def _counters(data: Mapping[str, Any]) -> Counters:

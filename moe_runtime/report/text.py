@@ -42,6 +42,7 @@ def _rows(run: Run, summary: Summary) -> Iterator[tuple[str, str | None]]:
     yield "experts", _uses(run)
     yield "read", _reads(run, summary)
     yield "layers", _layers(run)
+    yield "plan", _plan(run)
     yield "same trace", _policies(run)
     yield "budget", _budget(run, summary)
     yield "memory", _memory(summary)
@@ -105,6 +106,16 @@ def _layers(run: Run) -> str | None:
         return None
     (worst, worst_layer), (best, best_layer) = min(rated), max(rated)
     return f"hits {percent(worst)} (layer {worst_layer}) to {percent(best)} (layer {best_layer})"
+
+
+def _plan(run: Run) -> str | None:
+    plan = run.pinned
+    if plan is None:
+        return None
+    return (
+        f"{count(plan.pinned)} experts pinned ({size(plan.nbytes)}) by {plan.name}: predicted to "
+        f"serve {percent(plan.predicted)} of the uses, served {percent(plan.observed)}"
+    )
 
 
 def _policies(run: Run) -> str | None:
