@@ -380,13 +380,12 @@ def _layer(row: Any) -> LayerPlan:
 
 
 def _certificate(data: Any) -> Certificate:
-    texts = {
-        name: _field(data, name, str) for name in ("objective", "bound_method", "status", "method")
+    kinds: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("objective", "bound_method", "status", "method"), (str,)),
+        **dict.fromkeys(("value", "bound", "seconds"), (int, float)),
+        "seed": (int,),
     }
-    numbers = {
-        name: float(_field(data, name, (int, float))) for name in ("value", "bound", "seconds")
-    }
-    return Certificate(**texts, **numbers, seed=_field(data, "seed", int))
+    return Certificate(**{name: _field(data, name, kind) for name, kind in kinds.items()})
 
 
 def write_text(path: PathLike, text: str) -> Path:

@@ -45,6 +45,7 @@ loading           | model_spec paged safetensors_index     | torch transformers 
 checkpoint        | model_spec safetensors_index           | torch transformers numpy
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
+routing_counts    | trace                                  | numpy safetensors
 trace_writer      | trace                                  | numpy
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
@@ -77,7 +78,7 @@ placement.ilp*    | trace placement.*                      | numpy pulp
 placement.export_*| trace placement.*                      | numpy torch yaml
 placement.bake*   | model_spec checkpoint safetensors_index placement.plan placement.bake* \
                   | numpy torch transformers safetensors
-placement.*       | trace placement.*                      | numpy scipy
+placement.*       | trace routing_counts placement.*       | numpy scipy
 pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
