@@ -46,6 +46,7 @@ checkpoint        | model_spec safetensors_index           | torch transformers 
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
 trace_writer      | trace                                  | numpy
+routing_counts    | trace                                  | numpy safetensors
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
 budget            | memory model_spec slots store          | torch transformers
