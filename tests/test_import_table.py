@@ -45,7 +45,7 @@ loading           | model_spec paged safetensors_index     | torch transformers 
 checkpoint        | model_spec safetensors_index           | torch transformers numpy
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
-trace_writer      | trace                                  | numpy
+trace_writer      | trace                                  | numpy safetensors
 routing_counts    | trace                                  | numpy safetensors
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
