@@ -47,6 +47,8 @@ access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
 trace_writer      | trace                                  | numpy safetensors
 routing_counts    | trace                                  | numpy safetensors
+trace_summary     | trace routing_counts                   | numpy
+corpus            |                                        |
 importers.*       | trace trace_writer routing_counts importers.* | numpy torch safetensors
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy

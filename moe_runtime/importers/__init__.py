@@ -52,6 +52,15 @@ class Imported:
     description: dict[str, object]
     notes: tuple[str, ...]
 
+    def grid_text(self) -> str:
+        """`26 layers (1 to 26) of 64 experts`."""
+        layers, experts = self.description["layer_ids"], self.description["experts"]
+        assert isinstance(layers, tuple)
+        assert isinstance(experts, tuple)
+        sizes = sorted(set(experts))
+        of = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        return f"{len(layers)} layers ({min(layers)} to {max(layers)}) of {of} experts"
+
 
 def detect(path: PathLike) -> str:
     """The form of a file or folder, by its name and its first bytes; nothing is loaded.
