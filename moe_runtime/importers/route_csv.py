@@ -51,16 +51,16 @@ def _read_file(path: Path, sequence: int, facts: Facts) -> Piece:
     layers_found, at = np.unique(table["layer"], return_inverse=True)
     steps, row = np.unique(table["step"], return_inverse=True)
     width = int(table["slot"].max()) + 1
-    shape = (len(steps), len(layers_found), width)
-    _check_complete(path, table, steps, layers_found, width)
-    experts = _header_number(path, said, "n_expert", UNUSED - 1)
-    k = _header_number(path, said, "n_expert_used", 1024) if "n_expert_used" in said else width
-    if k != width:
-        raise TraceError(f"{path}: n_expert_used is {k}, but a token has {width} experts")
     if "n_layer" in said and layers_found[-1] >= (
         deep := _header_number(path, said, "n_layer", MOST_LAYERS)
     ):
         raise TraceError(f"{path}: layer {layers_found[-1]}, but the model has {deep} layers")
+    _check_complete(path, table, steps, layers_found, width)
+    shape = (len(steps), len(layers_found), width)
+    experts = _header_number(path, said, "n_expert", UNUSED - 1)
+    k = _header_number(path, said, "n_expert_used", 1024) if "n_expert_used" in said else width
+    if k != width:
+        raise TraceError(f"{path}: n_expert_used is {k}, but a token has {width} experts")
     used = np.zeros(int(layers_found[-1]) + 1, np.bool_)
     used[layers_found] = True
     positions, layer_ids = choose_layers(path, len(used), used, facts)

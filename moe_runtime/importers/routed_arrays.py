@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_runtime.errors import TraceError
-from moe_runtime.importers.documents import read_documents, read_text
+from moe_runtime.importers.documents import read_documents, read_text, whole_number
 from moe_runtime.importers.facts import (
     MOST_LAYERS,
     Facts,
@@ -33,6 +33,7 @@ from moe_runtime.importers.rows import CALL_ROWS, Layers, sequence_rows
 __all__ = ["NPY_BASE64", "read"]
 
 Array = NDArray[Any]
+_LARGEST_INT = np.iinfo(np.int32).max
 NPY_BASE64 = base64.b64encode(MAGIC).decode()  # "k05VTVBZ": how an array begins in base64
 _NO_WEIGHTS = "the recording has no routing weights: what is weighted by them cannot be worked out"
 _NO_PHASE = "some files do not say where the prompt ends: all their tokens count as prompt"
@@ -190,12 +191,16 @@ def _request(
         return
     if not isinstance(text, str):
         raise TraceError(f"{name}: 'routed_experts' must be base64, found {text!r:.60}")
-    prompt = counted.get("prompt_tokens") if isinstance(counted, dict) else None
+    counts = counted if isinstance(counted, dict) else {}
+    prompt, total = (
+        None
+        if counts.get(key) is None
+        else whole_number(counts[key], 0, _LARGEST_INT, f"{name}: {key}")
+        for key in ("prompt_tokens", "completion_tokens")
+    )
     array = _decode(text, facts, f"{name}: routed_experts")
-    prompt = prompt if type(prompt) is int and prompt >= 0 else None
     start = 0
-    total = counted.get("completion_tokens") if isinstance(counted, dict) else None
-    if prompt is not None and type(total) is int and array.ndim == 3:
+    if prompt is not None and total is not None and array.ndim == 3:
         # SGLang leaves out what its cache of prefixes had: the array ends with the last token fed.
         start = max(0, min(prompt + total - 1 - len(array), prompt))
     yield _Request(
