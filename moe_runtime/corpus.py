@@ -62,14 +62,14 @@ def _documents(lines: Iterable[str], name: str, split: str) -> Iterator[str]:
         if split == "lines":
             yield line.rstrip("\r\n")
             continue
-        text = _parse(line)
-        if text is None:
+        found = _parse(line)
+        if found is None:
             raise ConfigError(
                 f"{name} line {number}: no JSON object with a text {' or '.join(_FIELDS)}: "
                 f"{line.strip()!r:.60}; correct it, or read plain lines (--split lines)"
             )
-        if text.strip():
-            yield text
+        if found.strip():
+            yield found
 
 
 def _parse(line: str) -> str | None:

@@ -510,6 +510,18 @@ def test_forms_are_not_mixed_and_unknown_ones_are_refused(tmp_path: Path) -> Non
     assert len(FORMS) == 5
 
 
+def test_runs_of_different_models_are_refused(tmp_path: Path) -> None:
+    paths = known.write_ocs_json(tmp_path, known.known_trace(2))
+    paths[1].write_text(paths[1].read_text().replace("some/model", "other/model"))
+    for attempt in (
+        lambda: read(paths, Facts()),
+        lambda: import_recording(paths, tmp_path / "out" / "x"),
+    ):
+        with pytest.raises(TraceError, match=r"run-1\.json has another model_id.*other/model"):
+            attempt()
+    assert not list((tmp_path / "out").glob("*"))
+
+
 # -- excerpts of real recordings -------------------------------------------------------------------
 
 
