@@ -14,6 +14,7 @@ from moe_runtime.errors import (
     TraceError,
     UnsupportedModelError,
 )
+from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.runtime import (
     attach,
     detach,
@@ -35,6 +36,7 @@ __all__ = [
     "ExpertReadError",
     "MoERuntimeError",
     "PlanError",
+    "RoutingCounts",
     "RoutingTrace",
     "TraceError",
     "UnsupportedModelError",

@@ -5,10 +5,13 @@ Listens to the executor; knows the trace's columns, not its file form.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moe_runtime.errors import TraceError
 from moe_runtime.model_spec import MoESpec
@@ -31,11 +34,29 @@ class Recorder:
 
     Padding is left out. A sequence gets a new number when a call starts with an empty key/value
     cache. Layers that did not run in a call (another tower's) are unused in its rows.
+
+    Args:
+        spec: the model's MoE structure.
+        tokenizer_id: the tokenizer's name; the model's if not given.
+        sink: takes each forward call's rows; they are kept in memory if there is none.
+        stop_tokens: a sequence ends where decoding feeds one of these; `generate` goes on feeding
+            them to sequences that have ended while others of their batch have not.
     """
 
-    def __init__(self, spec: MoESpec, tokenizer_id: str = "") -> None:
+    def __init__(
+        self,
+        spec: MoESpec,
+        tokenizer_id: str = "",
+        *,
+        sink: Callable[[RoutingTrace], None] | None = None,
+        stop_tokens: Collection[int] = (),
+    ) -> None:
         self._spec = spec
         self._tokenizer_id = tokenizer_id
+        self._sink = sink
+        self._stop_tokens = np.array(sorted(stop_tokens), np.int64)
+        self._ended: set[int] = set()
+        self.rows = 0
         self._open: _Rows | None = None
         self._parts: list[RoutingTrace] = []
         self._steps = 0
@@ -63,16 +84,23 @@ class Recorder:
         """Turn the forward call under way into rows."""
         rows, self._open = self._open, None
         if rows is not None and rows.layers:
-            self._parts.append(self._rows(rows))
+            part = self._rows(rows)
+            self.rows += len(part)
+            if self._sink is None:
+                self._parts.append(part)
+            else:
+                self._sink(part)
 
     @property
     def trace(self) -> RoutingTrace:
         """Everything recorded so far.
 
         Raises:
-            TraceError: nothing has been recorded.
+            TraceError: nothing has been recorded, or the rows went to a file.
         """
         self.flush()
+        if self._sink is not None:
+            raise TraceError("this recording goes to a file; read it with RoutingTrace.load")
         if not self._parts:
             raise TraceError("nothing was recorded: no MoE layer ran inside record(model)")
         if len(self._parts) > 1:
@@ -95,6 +123,7 @@ class Recorder:
             ids[:, position, :k] = np.where(valid, chosen, UNUSED)
             weights[:, position, :k] = np.where(valid, weight.numpy(), 0)
         keep, columns = self._columns(rows.step, count)
+        keep = self._not_ended(keep, columns)
         self._steps += 1
         return RoutingTrace(
             topk_ids=ids[keep],
@@ -109,16 +138,27 @@ class Recorder:
             **{name: values[keep] for name, values in columns.items()},
         )
 
+    def _not_ended(
+        self, keep: NDArray[np.bool_], columns: dict[str, NDArray[Any]]
+    ) -> NDArray[np.bool_]:
+        """Rows to keep, without those of sequences that have ended."""
+        if not len(self._stop_tokens) or columns["phase"][0] != DECODE:
+            return keep
+        stopped = np.isin(columns["token_ids"], self._stop_tokens) & keep
+        self._ended.update(columns["sequence_ids"][stopped].tolist())
+        return keep & ~np.isin(columns["sequence_ids"], list(self._ended))
+
     def _fits(self, width: int) -> bool:
         return all(layer.top_k <= width for layer in self._spec.layers)
 
     def _columns(
         self, step: Step | None, count: int
-    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], dict[str, np.ndarray]]:
+    ) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
         if step is None:
             step = Step(rows=count, batch=1)
         if not step.past:
             self._first_sequence = self._sequences
+            self._ended.clear()
             self._sequences += max(step.batch, 1)
         length = count // max(step.batch, 1)
         sequences = self._first_sequence + np.arange(max(step.batch, 1)).repeat(length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -50,6 +50,7 @@ from moe_runtime.saving import ExpertStateDict
 from moe_runtime.slots import SlotPool, slot_bytes
 from moe_runtime.steps import begin_step
 from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store, Tensors
+from moe_runtime.trace_writer import open_writer
 
 __all__ = [
     "Runtime",
@@ -560,15 +561,40 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def record(model: PreTrainedModel, *, tokenizer_id: str = "") -> Iterator[Recorder]:
+def record(
+    model: PreTrainedModel,
+    *,
+    tokenizer_id: str = "",
+    path: str | os.PathLike[str] | None = None,
+    stop_tokens: Collection[int] = (),
+) -> Iterator[Recorder]:
     """Record the routing of everything that the model runs inside the block.
 
+    Args:
+        model: loaded by `from_pretrained` or attached.
+        tokenizer_id: the tokenizer's name or path; the model's if not given.
+        path: a `*.trace.safetensors` file to write. Rows then go to parts beside it while the
+            model runs, so that memory stays bounded and an interruption loses nothing that is in
+            a part; the file is made when the block ends, by an exception too.
+        stop_tokens: token ids that end a sequence; see `Recorder`.
+
     Yields:
-        The recorder; its `trace` is a `RoutingTrace`, also after the block.
+        The recorder; its `trace` is a `RoutingTrace`, also after the block (without `path`).
+
+    Raises:
+        TraceError: the path exists, does not end in `.safetensors`, or has parts of an earlier
+            recording beside it.
     """
     runtime = runtime_of(model)
-    with runtime.recording(Recorder(runtime.spec, tokenizer_id)) as recorder:
-        yield recorder
+    if path is None:
+        recorder = Recorder(runtime.spec, tokenizer_id, stop_tokens=stop_tokens)
+        with runtime.recording(recorder):
+            yield recorder
+        return
+    with open_writer(path) as writer:
+        recorder = Recorder(runtime.spec, tokenizer_id, sink=writer.append, stop_tokens=stop_tokens)
+        with runtime.recording(recorder):
+            yield recorder
 
 
 def report(model: PreTrainedModel, *, simulate: bool = True) -> Report:

@@ -6,14 +6,23 @@ Knows nothing of models; it is given rows and leaves files that `RoutingTrace.lo
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
 
 from moe_runtime.errors import TraceError
-from moe_runtime.trace import PART, PathLike, RoutingTrace
+from moe_runtime.trace import FORMAT, PART, VERSION, Array, PathLike, RoutingTrace
 
-__all__ = ["TraceWriter"]
+__all__ = ["TraceWriter", "open_writer"]
+
+_CODES = {"int32": "I32", "uint16": "U16", "float16": "F16", "uint8": "U8"}  # as safetensors says
 
 
 class TraceWriter:
@@ -25,24 +34,30 @@ class TraceWriter:
 
     A part is written under another name and renamed, so whatever stops the process leaves a folder
     that `RoutingTrace.load` reads. Closing merges the parts into one file and removes the folder.
+    Neither holds more than `rows_per_part` rows and one call in memory, however long the trace.
 
     Args:
         folder: a new or empty folder, `x.trace` by custom.
         rows_per_part: rows that are gathered before a part is written.
+        path: the file that `close` writes; the folder's name with `.safetensors` if not given.
 
     Raises:
         TraceError: the folder holds parts of an earlier recording, or is a file.
     """
 
-    def __init__(self, folder: PathLike, *, rows_per_part: int = 4096) -> None:
+    def __init__(
+        self, folder: PathLike, *, rows_per_part: int = 4096, path: PathLike | None = None
+    ) -> None:
         if rows_per_part < 1:
             raise TraceError(f"a part needs a row at least, found rows_per_part={rows_per_part}")
         self._folder = Path(folder)
+        named = self._folder.with_name(self._folder.name + ".safetensors")
+        self._path = named if path is None else Path(path)
         self._rows_per_part = rows_per_part
         self._first: RoutingTrace | None = None  # no rows: what the others are compared with
         self._pending: list[RoutingTrace] = []
         self._pending_rows = 0
-        self._parts = 0
+        self._part_rows: list[int] = []
         self._steps = 0
         self._closed = False
         try:
@@ -59,7 +74,12 @@ class TraceWriter:
     @property
     def path(self) -> Path:
         """The file that `close` writes."""
-        return self._folder.with_name(self._folder.name + ".safetensors")
+        return self._path
+
+    @property
+    def rows(self) -> int:
+        """Rows added so far."""
+        return sum(self._part_rows) + self._pending_rows
 
     def append(self, rows: RoutingTrace) -> None:
         """Add rows; their steps are renumbered to follow what was added before.
@@ -87,23 +107,58 @@ class TraceWriter:
             part = RoutingTrace.concat(self._pending).with_first_step(
                 int(self._pending[0].step_ids[0])
             )
-            part.save(self._folder / PART.format(self._parts))
-            self._parts += 1
+            part.save(self._part(len(self._part_rows)))
+            self._part_rows.append(len(part))
             self._pending, self._pending_rows = [], 0
 
     def close(self) -> Path | None:
         """Merge all parts into `path` and remove the folder; None if nothing was added."""
-        if self._closed:
-            return self.path if self._parts else None
-        self.flush()
-        self._closed = True
-        if self._parts:
-            RoutingTrace.load(self._folder).save(self.path)
-        for part in range(self._parts):
-            os.unlink(self._folder / PART.format(part))
+        if not self._closed:
+            self.flush()
+            self._closed = True
+            if self._first is not None:
+                self._merge(self._first)
+            self._remove()
+        return self.path if self._part_rows else None
+
+    def discard(self) -> None:
+        """Remove what was written; nothing is left of the recording."""
+        if not self._closed:
+            self._closed = True
+            self._pending, self._pending_rows = [], 0
+            self._remove()
+            self._part_rows = []
+
+    def _part(self, number: int) -> Path:
+        return self._folder / PART.format(number)
+
+    def _remove(self) -> None:
+        for number in range(len(self._part_rows)):
+            self._part(number).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # files of others keep the folder
             self._folder.rmdir()
-        return self.path if self._parts else None
+
+    def _merge(self, first: RoutingTrace) -> None:
+        """Copy the parts' columns, one after another, into one file of the same form."""
+        # Wide items first, so that every tensor starts at a multiple of its item's size.
+        columns = sorted(first.columns().items(), key=lambda item: -item[1].dtype.itemsize)
+        header = _header(first, columns, sum(self._part_rows))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(header)
+                for name, _ in columns:
+                    for values in self._column(name):
+                        file.write(np.ascontiguousarray(values).data)
+            os.replace(temporary, self._path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _column(self, name: str) -> Iterator[Array]:
+        for number in range(len(self._part_rows)):
+            with safe_open(self._part(number), framework="numpy") as part:
+                yield part.get_tensor(name)
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -115,3 +170,39 @@ class TraceWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def open_writer(path: PathLike) -> TraceWriter:
+    """A writer whose `close` makes this file; its parts lie in a folder of the same name.
+
+    Raises:
+        TraceError: the file exists, its name does not end in `.safetensors`, or there are parts of
+            an earlier recording.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise TraceError(f"{path}: a trace's name ends in .trace.safetensors; name it so")
+    if path.exists():
+        raise TraceError(f"{path}: exists already; move it away or name another file")
+    return TraceWriter(path.with_suffix(""), path=path)
+
+
+def _header(first: RoutingTrace, columns: Sequence[tuple[str, Array]], rows: int) -> bytes:
+    """The beginning of a trace file: the header's length and the header, padded to 8 bytes."""
+    described: dict[str, Any] = {"format": FORMAT, "version": str(VERSION)}
+    for name, value in first.description().items():
+        described[name] = value if isinstance(value, str) else json.dumps(value)
+    header: dict[str, Any] = {"__metadata__": described}
+    start = 0
+    for name, column in columns:
+        shape = (rows, *column.shape[1:])
+        stop = start + int(np.prod(shape, dtype=np.int64)) * column.dtype.itemsize
+        header[name] = {
+            "dtype": _CODES[column.dtype.name],
+            "shape": shape,
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -41,6 +41,17 @@ SURFACE = {
         *("--variant", "--local-files-only"),
     },
     "report": {"RUN.json", "--out"},
+    "trace record": {
+        *("MODEL", "--data", "--out", "--split", "--max-new-tokens", "--batch-size"),
+        *("--max-tokens", "--limit", "--chat", "--expert-budget", "--host-budget", "--device"),
+        *("--policy", "--exact", "--reader-threads", "--dtype", "--revision", "--subfolder"),
+        *("--variant", "--local-files-only"),
+    },
+    "trace import": {
+        *("FILES...", "--out", "--from", "--model", "--layers", "--first-dense", "--moe-layers"),
+        *("--experts", "--top-k", "--name"),
+    },
+    "trace show": {"TRACE"},
 }
 EVERYWHERE = {"--json", "--debug"}
 
@@ -82,7 +93,11 @@ def run_file(tmp_path: Path) -> Path:
 def test_surface_is_held() -> None:
     command: Any = typer.main.get_command(app)
     found = {}
+    entries = {}
     for name, entry in command.commands.items():
+        inner = getattr(entry, "commands", None)
+        entries |= {name: entry} if inner is None else {f"{name} {n}": e for n, e in inner.items()}
+    for name, entry in entries.items():
         names = set()
         for parameter in entry.params:
             argument = parameter.param_type_name == "argument"
@@ -97,9 +112,10 @@ def test_surface_is_held() -> None:
 
 @pytest.mark.parametrize("command", SURFACE)
 def test_help_has_an_example(command: str) -> None:
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
-    assert f"moe-runtime {command}" in result.stdout.split("Example:")[1]
+    shown = " ".join(result.stdout.split("Example:")[1].split())
+    assert f"moe-runtime {command.removesuffix(' record')}" in shown
 
 
 def test_version() -> None:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,6 @@ from safetensors.numpy import load_file, save_file
 from moe_runtime.errors import TraceError
 from moe_runtime.trace import DECODE, PREFILL, UNUSED, RoutingTrace
 from moe_runtime.trace_writer import TraceWriter
-
-RECORDINGS = Path(__file__).parent / "data" / "recordings"
 
 
 def trace(rows: int = 6, seed: int = 0, **changes: Any) -> RoutingTrace:
@@ -332,50 +329,15 @@ def test_the_grid_numbers_the_experts() -> None:
     assert trace(top_k=()).top_k == (3, 3, 3)
 
 
-# -- recordings of other engines -------------------------------------------------------------------
+# -- the shared folder -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def readers() -> ModuleType:
+def test_another_folder_is_not_the_shared_one(tmp_path: Path) -> None:
     path = Path(__file__).parent.parent / "bench" / "shared_traces.py"
     spec = importlib.util.spec_from_file_location("shared_traces", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
-
-
-def test_the_json_form_is_read(readers: ModuleType) -> None:
-    found = readers.read_route_json(RECORDINGS / "qwen1.5-moe-a2.7b.json")
-    assert found.topk_ids.shape == (10, 4, 4)
-    assert found.experts == (60,) * 4
-    assert (found.prefill().tokens, found.decode().tokens) == (4, 6)
-    assert found.step_ids.tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6]
-    assert found.token_ids[4] == 45747
-    first = json.loads((RECORDINGS / "qwen1.5-moe-a2.7b.json").read_text())["routes"][4]
-    assert found.topk_ids[4, 3].tolist() == first["layers"]["3"]["experts"]
-    np.testing.assert_allclose(found.topk_weights[4, 3], first["layers"]["3"]["weights"], rtol=1e-3)
-
-
-def test_the_csv_form_is_read(readers: ModuleType) -> None:
-    found = readers.read_route_csv(RECORDINGS / "gpt-oss-120b.csv")
-    assert found.topk_ids.shape == (10, 4, 2)
-    assert found.experts == (128,) * 4
-    assert found.positions.tolist() == list(range(82, 92))
-    assert found.decode().tokens == 7
-    assert found.topk_ids[0, 0].tolist() == [45, 72]
-    assert found.model_id == "gpt-oss-120b-Q4_K_M.gguf"
-
-
-@pytest.mark.parametrize("name", ["read_route_json", "read_route_csv"])
-@pytest.mark.parametrize("content", ["", "{}", "a,b\n1,2\n", '{"meta": {}, "routes": [{}]}'])
-def test_another_form_is_refused(
-    readers: ModuleType, tmp_path: Path, name: str, content: str
-) -> None:
-    path = tmp_path / "x"
-    path.write_text(content)
-    with pytest.raises(TraceError, match=r"not the .* form of a routing recording"):
-        getattr(readers, name)(path)
     with pytest.raises(TraceError, match="no recordings"):
-        readers.load_shared_traces(tmp_path)
+        module.load_shared_traces(tmp_path)

@@ -10,6 +10,7 @@ from moe_runtime.cli.export import export
 from moe_runtime.cli.generate import generate
 from moe_runtime.cli.inspect import inspect
 from moe_runtime.cli.report import report
+from moe_runtime.cli.trace import trace
 from moe_runtime.version import __version__
 
 __all__ = ["app", "main"]
@@ -46,6 +47,7 @@ app.command("export")(export)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("report")(report)
+app.add_typer(trace, name="trace")
 
 
 def main() -> None:
