@@ -75,8 +75,8 @@ placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
 placement.ilp     | trace placement.*                      | numpy pulp
 placement.export_*| trace placement.*                      | numpy torch yaml
-placement.bake*   | model_spec checkpoint safetensors_index placement.plan placement.bake* \
-                  | numpy torch transformers safetensors
+placement.bake*   | version memory model_spec loading checkpoint safetensors_index placement.plan \
+                    placement.bake*                        | numpy torch transformers
 placement.*       | trace placement.*                      | numpy scipy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil

@@ -5,6 +5,7 @@ Knows no algorithm; every command calls the library and shows what came of it.
 
 import typer
 
+from moe_runtime.cli.bake import bake
 from moe_runtime.cli.demo import demo
 from moe_runtime.cli.generate import generate
 from moe_runtime.cli.inspect import inspect
@@ -43,6 +44,7 @@ def _root(
 app.command("demo")(demo)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("bake")(bake)
 app.command("report")(report)
 
 
