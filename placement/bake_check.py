@@ -1,6 +1,7 @@
 """How far a baked model's logits are from the original's, and the original's from its own.
 
-Its own: computed in another way, as the yardstick. Runs models on a few random tokens; does not know how a checkpoint is baked.
+Its own: computed in another way, as the yardstick. Runs models on a few random tokens; does not
+know how a checkpoint is baked.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_runtime.placement.bake import BakeSource
+from moe_runtime.placement.bake_source import BakeSource
 
 from moe_runtime.errors import CheckpointError
 from moe_runtime.memory import free_memory

@@ -27,8 +27,9 @@ from moe_runtime.core import format_bytes
 from moe_runtime.errors import BudgetError, PlanError
 
 if TYPE_CHECKING:
-    from moe_runtime.placement.bake import Bake, BakeSource
+    from moe_runtime.placement.bake import Bake
     from moe_runtime.placement.bake_check import Agreement
+    from moe_runtime.placement.bake_source import BakeSource
 
 __all__ = ["bake"]
 
@@ -86,7 +87,7 @@ def _bake(
     """Bake, and check unless there is no budget for that; what came of it as plain data."""
     from moe_runtime.placement import Plan
     from moe_runtime.placement.bake import bake as bake_checkpoint
-    from moe_runtime.placement.bake import open_source
+    from moe_runtime.placement.bake_source import open_source
 
     plan = Plan.load(plan_path)
     source = open_source(model, **hub)
