@@ -5,6 +5,7 @@ The sweep over architectures is in `test_bake_architectures`, the command in `te
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,34 @@ def test_a_checkpoint_of_links_is_copied_whole(
     baked(snapshot, orders, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert_same(tensors(tmp_path / "out"), expected_tensors(snapshot, orders))
+
+
+def test_a_checkpoint_on_the_hub(tiny_checkpoints: TinyCheckpoints, tmp_path: Path) -> None:
+    """Offline, in the cache's own layout: with what else the repository's snapshot has."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "hub" / "models--someone--tiny-moe"
+    shutil.copytree(tiny_checkpoints.per_expert_sharded, folder / "snapshots" / commit)
+    (folder / "snapshots" / commit / "tokenizer.json").write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    options = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    source = open_source("someone/tiny-moe", **options)
+    orders = random_orders(source.spec, 1)
+    done = bake(source, plan_of(source.spec, orders), tmp_path / "out")
+    assert done.record.model_id == "someone/tiny-moe"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    expected = expected_tensors(tiny_checkpoints.per_expert_sharded, orders)
+    assert_same(tensors(tmp_path / "out"), expected)
+
+
+def test_a_subfolder_and_a_variant(tiny_checkpoints: TinyCheckpoints, tmp_path: Path) -> None:
+    inner = tmp_path / "model" / "inner"
+    shutil.copytree(tiny_checkpoints.fused, inner)
+    (inner / "model.safetensors").rename(inner / "model.half.safetensors")
+    source = open_source(inner.parent, subfolder="inner", variant="half")
+    bake(source, plan_of(source.spec, random_orders(source.spec, 1)), tmp_path / "out")
+    assert (tmp_path / "out" / "model.half.safetensors").is_file()
+    assert check_plain(source, tmp_path / "out", torch.float32).difference < 1e-5
 
 
 def test_the_record_composes(tiny_checkpoints: TinyCheckpoints, tmp_path: Path) -> None:
