@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import moe_runtime
 from baking import plan_of, random_orders
 from moe_runtime.cli import app
-from tiny import EXPERTS, LAYERS, TinyCheckpoints
+from tiny import EXPERTS, LAYERS, TinyCheckpoints, tiny_model
 
 
 def run(*arguments: object) -> Any:
@@ -56,6 +56,18 @@ def test_json_is_all_that_it_prints(
     assert facts["check_skipped"] == ""
     again = json.loads(run(*bake, "--no-check", "-o", tmp_path / "other").stdout)
     assert (again["check"], again["check_skipped"]) == ([], "not asked for")
+
+
+def test_a_checkpoint_in_bfloat16_is_compared_in_float32_too(tmp_path: Path) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    spec = open_source(tmp_path / "source").spec
+    plan_of(spec, random_orders(spec, 2)).save(tmp_path / "x.plan.json")
+    bake = ("bake", tmp_path / "source", "-p", tmp_path / "x.plan.json", "-o", tmp_path / "out")
+    result = run(*bake, "--json")
+    rows = {row["dtype"]: row for row in json.loads(result.stdout)["check"]}
+    assert list(rows) == ["float32", "bfloat16"]
+    assert rows["float32"]["difference"] < 1e-5 < rows["bfloat16"]["difference"]
+    assert rows["bfloat16"]["yardstick_difference"] > 1e-5
 
 
 def test_a_model_too_large_for_memory_is_checked_in_a_budget(
