@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from moe_runtime.placement.bake_source import BakeSource
 
-from moe_runtime.errors import CheckpointError
+from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.memory import free_memory
 
 __all__ = ["Agreement", "check_in_budget", "check_plain", "compare", "fitting_dtypes", "logits"]
@@ -126,6 +126,16 @@ def logits(model: Any) -> torch.Tensor:
     return found.float().flatten(0, 1).cpu()
 
 
+def _of_original(model: Any) -> torch.Tensor:
+    """`logits` of the model as it was; UnsupportedModelError if even that does not run."""
+    try:
+        return logits(model)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on tokens alone ({type(error).__name__}: {error})"
+        ) from error
+
+
 def fitting_dtypes(source: BakeSource) -> tuple[torch.dtype, ...]:
     """Of float32 and the checkpoint's own dtype, those in which the whole model fits in memory."""
     spec = source.spec
@@ -140,6 +150,9 @@ def check_plain(source: BakeSource, baked: Path, dtype: torch.dtype) -> Agreemen
     """Compare in plain transformers on the CPU, one model in memory at a time.
 
     The experts are computed eagerly; the yardstick is the original with grouped products.
+
+    Raises:
+        UnsupportedModelError: the original does not run on tokens alone.
     """
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -147,7 +160,7 @@ def check_plain(source: BakeSource, baked: Path, dtype: torch.dtype) -> Agreemen
         "variant": source.variant,
     }
     model = type(source.model).from_pretrained(source.folder, **options).eval()
-    expected = logits(model)
+    expected = _of_original(model)
     other = None
     try:
         model.set_experts_implementation("grouped_mm")
@@ -165,8 +178,11 @@ def check_in_budget(source: BakeSource, baked: Path, load: Loader) -> Agreement:
     Args:
         load: given the folder and whether to compute exactly as eager experts do (for the
             yardstick), a model whose experts need not fit in memory.
+
+    Raises:
+        UnsupportedModelError: the original does not run on tokens alone.
     """
-    expected = logits(load(str(source.folder), False))
+    expected = _of_original(load(str(source.folder), False))
     other = logits(load(str(source.folder), True))
     found = logits(load(str(baked), False))
     return compare(

@@ -83,6 +83,19 @@ def test_a_model_too_large_for_memory_is_checked_in_a_budget(
     assert "does not fit in memory" in facts["check_skipped"]
 
 
+def test_a_model_that_does_not_run_on_tokens_is_baked_unchecked(
+    tiny_checkpoints: TinyCheckpoints, tmp_path: Path, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needs_images(model: Any) -> torch.Tensor:
+        raise ValueError("no images")
+
+    monkeypatch.setattr(bake_check, "logits", needs_images)
+    result = run("bake", tiny_checkpoints.fused, "-p", plan, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "not checked: Qwen3MoeForCausalLM does not run on tokens alone" in result.stdout
+    assert (tmp_path / "out" / RECORD_FILE).is_file()
+
+
 def test_what_computes_something_else_is_not_kept(
     tiny_checkpoints: TinyCheckpoints, tmp_path: Path, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

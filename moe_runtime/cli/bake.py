@@ -24,7 +24,7 @@ from moe_runtime.cli.options import (
 )
 from moe_runtime.cli.session import emit_json, quiet_libraries, session, to_stderr
 from moe_runtime.core import format_bytes
-from moe_runtime.errors import BudgetError, PlanError
+from moe_runtime.errors import BudgetError, PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from moe_runtime.placement.bake import Bake
@@ -102,6 +102,8 @@ def _bake(
             checks.extend(_checks(source, folder, budget or "auto"))
         except BudgetError as error:
             skipped = f"the model does not fit in memory ({error})"
+        except UnsupportedModelError as error:
+            skipped = str(error)  # of the original: nothing is wrong with what was baked
         for agreement in checks:
             agreement.require()
 
