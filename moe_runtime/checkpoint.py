@@ -27,7 +27,7 @@ from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.model_spec import ExpertParam, MoELayer, MoESpec
 from moe_runtime.safetensors_index import CheckpointFiles, StoredTensor
 
-__all__ = ["ExpertMap", "Segment", "map_experts"]
+__all__ = ["ExpertMap", "Segment", "StoredName", "map_experts", "read_names"]
 
 # Conversions that deal a list of experts out to several expert tensors, each run merged as by
 # MergeModulelist and Concatenate.
@@ -156,6 +156,62 @@ def map_experts(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class StoredName:
+    """Where transformers puts one stored tensor.
+
+    Args:
+        entry: the stored tensor.
+        target: the model tensor that it goes into, alone or merged with others; the first one where
+            a conversion makes several. No name of the model's if the model has no use for it.
+        renamed: its name after renaming, before any conversion.
+        pattern: the source pattern that it matched in `converter`.
+        converter: the conversion that it goes through, if any.
+    """
+
+    entry: StoredTensor
+    target: str
+    renamed: str
+    pattern: str | None
+    converter: WeightConverter | None
+
+
+def read_names(
+    model: PreTrainedModel,
+    files: CheckpointFiles,
+    model_keys: Iterable[str],
+    *,
+    key_mapping: dict[str, str] | None = None,
+) -> list[StoredName]:
+    """Every stored tensor with the model tensor that it goes into, in the order of merging.
+
+    Follows the order and the rules of transformers' own loader, so that lists merge alike.
+    """
+    mapping = get_model_conversion_mapping(model, key_mapping)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    present: dict[str, Any] = dict.fromkeys(model_keys, True)
+    prefix = model.base_model_prefix
+    found = []
+    for key in sorted(files.tensors, key=dot_natural_key):
+        active = renamings
+        name, pattern = rename_source_key(key, active, converters, prefix, present)
+        if name not in present and key in present:
+            active = []
+            name, pattern = rename_source_key(key, [], [], prefix, present)
+        found.append(
+            StoredName(
+                files.tensors[key],
+                name,
+                rename_source_key(key, active, [])[0],
+                pattern,
+                None if pattern is None else by_pattern[pattern],
+            )
+        )
+    return found
+
+
 def _collect(
     model: PreTrainedModel,
     files: CheckpointFiles,
@@ -169,33 +225,20 @@ def _collect(
 ]:
     """Group the checkpoint's expert tensors by the model tensor that they go into.
 
-    Follows the order and the rules of transformers' own loader, so that lists merge alike.
-
     Returns:
         The tensors of each model tensor by source pattern, its converter if it has one, and the
         name of each stored tensor after renaming.
     """
-    mapping = get_model_conversion_mapping(model, key_mapping)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    present: dict[str, Any] = dict.fromkeys(model_keys, True)
-    prefix = model.base_model_prefix
     collected: dict[str, dict[str, list[StoredTensor]]] = defaultdict(lambda: defaultdict(list))
     used: dict[str, WeightConverter] = {}
     renamed: dict[str, str] = {}
-    for key in sorted(files.tensors, key=dot_natural_key):
-        active = renamings
-        name, pattern = rename_source_key(key, active, converters, prefix, present)
-        if name not in present and key in present:
-            active = []
-            name, pattern = rename_source_key(key, [], [], prefix, present)
-        if name not in wanted:
+    for one in read_names(model, files, model_keys, key_mapping=key_mapping):
+        if one.target not in wanted:
             continue
-        collected[name][pattern or key].append(files.tensors[key])
-        renamed[key] = rename_source_key(key, active, [])[0]
-        if pattern is not None:
-            used[name] = by_pattern[pattern]
+        collected[one.target][one.pattern or one.entry.name].append(one.entry)
+        renamed[one.entry.name] = one.renamed
+        if one.converter is not None:
+            used[one.target] = one.converter
     for name, converter in list(used.items()):
         _deal_out(name, converter, collected, used)
     return collected, used, renamed

@@ -26,6 +26,10 @@ BUDGET = str(ALL_EXPERT_BYTES // 4)
 
 # Every command with its options. Whoever changes this changes what people have in their scripts.
 SURFACE = {
+    "bake": {
+        *("MODEL", "--plan", "--out", "--check", "--expert-budget", "--revision", "--subfolder"),
+        *("--variant", "--local-files-only"),
+    },
     "demo": {"--budget", "--out-dir", "--new-tokens", "--policy", "--plan"},
     "export": {
         *("PLAN", "--to", "--out", "--check", "--num-hidden-layers", "--model", "--counts"),

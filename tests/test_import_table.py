@@ -79,8 +79,8 @@ placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
 placement.ilp*    | trace placement.*                      | numpy pulp
 placement.export_*| trace placement.*                      | numpy torch yaml
-placement.bake*   | model_spec checkpoint safetensors_index placement.plan placement.bake* \
-                  | numpy torch transformers safetensors
+placement.bake*   | version memory model_spec loading checkpoint safetensors_index placement.plan \
+                    placement.bake*                        | numpy torch transformers
 placement.*       | trace routing_counts placement.*       | numpy scipy
 pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib

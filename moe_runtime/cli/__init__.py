@@ -5,6 +5,7 @@ Knows no algorithm; every command calls the library and shows what came of it.
 
 import typer
 
+from moe_runtime.cli.bake import bake
 from moe_runtime.cli.demo import demo
 from moe_runtime.cli.export import export
 from moe_runtime.cli.generate import generate
@@ -46,6 +47,7 @@ app.command("demo")(demo)
 app.command("export")(export)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("bake")(bake)
 app.command("report")(report)
 app.add_typer(trace, name="trace")
 
