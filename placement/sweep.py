@@ -112,17 +112,22 @@ def keeping_caps(
 
 
 def improve(
-    instance: Instance, assignment: Assignment, stop: Callable[[], bool] = lambda: False
+    instance: Instance,
+    assignment: Assignment,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    rename: bool = True,
 ) -> Assignment:
     """Sweep forth and back until nothing gets better; the result costs no more.
 
     Args:
         stop: asked after each layer; True ends the sweep, and what was reached is returned.
+        rename: whether devices may be renamed behind a boundary.
     """
     assignment = list(assignment)
     layers = list(range(instance.layers))
     order = layers + layers[-2:0:-1]
-    renamable = instance.renamable() and instance.pairs
+    renamable = rename and instance.renamable() and bool(instance.pairs)
     value = instance.value(assignment)
     for _ in range(_MOST_ROUNDS):
         for layer in order:
