@@ -128,7 +128,7 @@ def layer_states(slots: LayerSlots, most_states: int, *, renamable: bool = False
 
 
 def _fresh_in_order(places: list[int], devices: int) -> NDArray[np.bool_]:
-    """bool `[G + 1]`: for u devices in use, whether the new ones among `places` are u, u + 1, ..."""
+    """Bool `[G + 1]`: for u devices in use, whether the new ones of `places` are the next ones."""
     allowed = np.zeros(devices + 1, dtype=bool)
     for used in range(devices + 1):
         fresh = [place for place in places if place >= used]

@@ -73,7 +73,7 @@ scheduler         | cache predictors.base                  | torch numpy
 steering          | trace model_spec                       | torch numpy
 placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
-placement.ilp     | trace placement.*                      | numpy pulp
+placement.ilp*    | trace placement.*                      | numpy pulp
 placement.export_*| trace placement.*                      | numpy torch yaml
 placement.bake*   | model_spec checkpoint safetensors_index placement.plan placement.bake* \
                   | numpy torch transformers safetensors
