@@ -82,7 +82,7 @@ def run(
     return Answer(
         has_solution=found in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible),
         proved=found == pulp.LpSolutionOptimal,
-        infeasible=found == pulp.LpSolutionInfeasible,
+        infeasible=problem.status == pulp.LpStatusInfeasible,  # CBC's sol_status does not say
         bound=bound,
     )
 
