@@ -95,12 +95,13 @@ def _worth(values: FloatArray, device: IntArray) -> float:
 
 def _without_cap(values: FloatArray, slots: LayerSlots) -> IntArray:
     least, most = slots.limits.least, slots.limits.most
-    if slots.has_replicas or not np.array_equal(least, most):
+    if least.any() and not np.array_equal(least, most):
         return _transport(values, slots)
+    # One column for each place on a device; more places than slots leave some empty.
     columns = np.repeat(np.arange(len(most)), most)
     _, place = linear_sum_assignment(values[:, columns], maximize=True)
     chosen: IntArray = columns[place]
-    return chosen
+    return _transport(values, slots) if slots.collides(chosen) else chosen
 
 
 def _transport(values: FloatArray, slots: LayerSlots) -> IntArray:

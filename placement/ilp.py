@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from moe_runtime.placement.ilp_program import Program
@@ -16,6 +16,7 @@ from moe_runtime.placement.ilp_solvers import SOLVERS, check_solver, run
 from moe_runtime.placement.instance import Assignment, Instance
 from moe_runtime.placement.subproblem import part_of
 from moe_runtime.placement.topology import Topology
+from moe_runtime.placement.two_stage import over_nodes
 
 from moe_runtime.core import FloatArray, IntArray
 from moe_runtime.errors import PlanError
@@ -123,7 +124,7 @@ def solve_in_stages(
         return solve_program(instance, solver=solver, time_limit=time_limit, seed=seed)
     began = time.perf_counter()
     first = solve_program(
-        _over_nodes(instance, nodes),
+        over_nodes(instance, nodes),
         solver=solver,
         time_limit=time_limit / 2,
         seed=seed,
@@ -158,20 +159,6 @@ def _beside(given: Sequence[FloatArray] | None, assignment: Assignment) -> float
 
 
 # -- two stages ------------------------------------------------------------------------------------
-
-
-def _over_nodes(instance: Instance, nodes: Sequence[Sequence[int]]) -> Instance:
-    """The instance with nodes as devices: a relaxation, every placement on devices is one."""
-    slots = []
-    for layer in instance.slots:
-        limits = layer.limits
-        summed = {
-            name: np.array([getattr(limits, name)[list(devices)].sum() for devices in nodes])
-            for name in ("least", "most", "load")
-        }
-        slots.append(replace(layer, limits=replace(limits, **summed)))
-    near = np.array([[instance.near[np.ix_(a, b)].max() for b in nodes] for a in nodes])
-    return replace(instance, slots=tuple(slots), near=near)
 
 
 def _inside(

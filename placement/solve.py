@@ -16,7 +16,8 @@ from moe_runtime.placement.baselines import balanced, baselines
 from moe_runtime.placement.bounds import Bound, lower_bound
 from moe_runtime.placement.cost import crossing_of, load_of, measure
 from moe_runtime.placement.exact import solve_exactly
-from moe_runtime.placement.ilp import solve_ilp
+from moe_runtime.placement.ilp import solve_in_stages as solve_program_in_stages
+from moe_runtime.placement.ilp import solve_program
 from moe_runtime.placement.instance import Assignment, Instance, make_instance
 from moe_runtime.placement.plan import BoolArray, Certificate, LayerPlan, Plan
 from moe_runtime.placement.problem import Objective, Problem
@@ -182,9 +183,14 @@ def _smoothing(
         return LEVELS["none"], {}
     if problem.objective.is_load or options.method in ("exact", "highs", "cbc"):
         return LEVELS["none"], {}  # programs prove something about the counts as they are
-    free = replace(problem, load_cap=None, redundant=0, objective=Objective())
-    if any(count % problem.devices for count in problem.experts):
-        free = replace(free, counts="capped")
+    even = all(count % problem.devices == 0 for count in problem.experts)
+    free = replace(
+        problem,
+        load_cap=None,
+        redundant=0,
+        objective=Objective(),
+        counts=problem.counts if even else "capped",
+    )
 
     def fit(part: RoutingTrace, level: Smoothing) -> Callable[[RoutingTrace], float]:
         say(f"smoothing: {level.name}", None, None)
@@ -333,14 +339,15 @@ def _program(
     say: Progress,
 ) -> tuple[Assignment, Bound, str, bool]:
     say(f"integer program ({options.method})", None, None)
-    found = solve_ilp(
-        instance,
-        solver=options.method,
-        time_limit=options.time_limit,
-        seed=options.seed,
-        stages=problem.topology.by_node() if options.stages == 2 else None,
-        warm=witness,
-    )
+    asked: dict[str, Any] = {
+        "solver": options.method,
+        "time_limit": options.time_limit,
+        "seed": options.seed,
+    }
+    if options.stages == 2:
+        found = solve_program_in_stages(instance, problem.topology, **asked)
+    else:
+        found = solve_program(instance, warm=witness, **asked)
     if found.assignment is None:
         raise PlanError(
             f"{options.method} found no placement within {options.time_limit:g} seconds; give it "

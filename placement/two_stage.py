@@ -5,7 +5,7 @@ Cuts an instance into smaller ones and puts their answers together; the sweep so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from moe_runtime.placement.instance import Assignment, Instance
 from moe_runtime.placement.problem import LayerLimits
 from moe_runtime.placement.topology import Topology
 
-from moe_runtime.core import FloatArray, IntArray
+from moe_runtime.core import IntArray
 from moe_runtime.errors import PlanError
 
 __all__ = ["inside_node", "over_nodes", "solve_in_stages"]
@@ -44,25 +44,18 @@ def solve_in_stages(
     return result
 
 
-def over_nodes(instance: Instance, groups: list[list[int]]) -> Instance:
-    """The instance with nodes as its devices."""
-
-    def gathered(values: FloatArray | IntArray) -> np.ndarray:
-        return np.array([values[devices].sum() for devices in groups])
-
-    slots = tuple(
-        replace(
-            one,
-            limits=LayerLimits(
-                least=gathered(one.limits.least),
-                most=gathered(one.limits.most),
-                slots=one.limits.slots,
-                load=gathered(one.limits.load),
-            ),
-        )
-        for one in instance.slots
-    )
-    return replace(instance, slots=slots, near=np.eye(len(groups)))
+def over_nodes(instance: Instance, groups: Sequence[Sequence[int]]) -> Instance:
+    """The instance with nodes as devices: a relaxation, every placement on devices is one."""
+    slots = []
+    for layer in instance.slots:
+        limits = layer.limits
+        summed = {
+            name: np.array([getattr(limits, name)[list(devices)].sum() for devices in groups])
+            for name in ("least", "most", "load")
+        }
+        slots.append(replace(layer, limits=replace(limits, **summed)))
+    near = np.array([[instance.near[np.ix_(a, b)].max() for b in groups] for a in groups])
+    return replace(instance, slots=tuple(slots), near=near)
 
 
 def inside_node(instance: Instance, devices: list[int], members: list[IntArray]) -> Instance:
