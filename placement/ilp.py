@@ -165,11 +165,11 @@ def _over_nodes(instance: Instance, nodes: Sequence[Sequence[int]]) -> Instance:
     slots = []
     for layer in instance.slots:
         limits = layer.limits
-        summed = {
-            name: np.array([getattr(limits, name)[list(devices)].sum() for devices in nodes])
-            for name in ("least", "most", "load")
-        }
-        slots.append(replace(layer, limits=replace(limits, **summed)))
+        least, most, load = (
+            np.array([values[list(devices)].sum() for devices in nodes])
+            for values in (limits.least, limits.most, limits.load)
+        )
+        slots.append(replace(layer, limits=replace(limits, least=least, most=most, load=load)))
     near = np.array([[instance.near[np.ix_(a, b)].max() for b in nodes] for a in nodes])
     return replace(instance, slots=tuple(slots), near=near)
 

@@ -201,7 +201,8 @@ def _restless(
     values[index, here] = -np.inf
     gain = values.max(1) - own
     gain = gain / (gain.std() + 1e-300) + rng.gumbel(size=len(mine))
-    return np.sort(mine[np.argsort(-gain, kind="stable")[:most]])
+    chosen: IntArray = np.sort(mine[np.argsort(-gain, kind="stable")[:most]])
+    return chosen
 
 
 def _solve(
