@@ -140,6 +140,8 @@ def polishes(traces: Path, time_limit: float, console: Console) -> Iterator[dict
 def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
     return round(value, 5) if isinstance(value, float) else value
 
 

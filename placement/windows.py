@@ -193,7 +193,7 @@ def _restless(
     copies = np.bincount(slots.owner[mine], minlength=int(slots.owner[-1]) + 1)
     mine = mine[copies[slots.owner[mine]] == 1]  # a part frees all of an expert's slots or none
     if len(mine) <= most:
-        return mine
+        return np.asarray(mine, dtype=np.int64)
     values = instance.values(assignment, layer)[mine][:, devices]
     here = np.searchsorted(devices, device[mine])
     index = np.arange(len(mine))
