@@ -47,7 +47,9 @@ class LayerSlots:
 
     def loads(self, device: IntArray) -> FloatArray:
         """float64 `[G]`, the load of each device."""
-        return np.bincount(device, self.load, minlength=len(self.limits.most))
+        loads: FloatArray = np.zeros(len(self.limits.most))
+        np.add.at(loads, device, self.load)
+        return loads
 
 
 def overload(slots: LayerSlots, device: IntArray) -> float:

@@ -15,12 +15,14 @@ from moe_runtime.placement.affinity import Affinity, affinity_of, support_of
 from moe_runtime.placement.baselines import balanced, baselines
 from moe_runtime.placement.bounds import Bound, lower_bound
 from moe_runtime.placement.cost import crossing_of, load_of, measure
+from moe_runtime.placement.eplb import eplb
 from moe_runtime.placement.exact import solve_exactly
 from moe_runtime.placement.ilp import solve_in_stages as solve_program_in_stages
 from moe_runtime.placement.ilp import solve_program
 from moe_runtime.placement.instance import Assignment, Instance, make_instance
 from moe_runtime.placement.plan import BoolArray, Certificate, LayerPlan, Plan
 from moe_runtime.placement.problem import Objective, Problem
+from moe_runtime.placement.replicas import imbalance
 from moe_runtime.placement.smoothing import LEVELS, Smoothing, choose_smoothing, level_called
 from moe_runtime.placement.sweep import sweep
 from moe_runtime.placement.two_stage import solve_in_stages
@@ -206,7 +208,7 @@ def _smoothing(
 def _caps(problem: Problem, affinity: Affinity, witness: Sequence[BoolArray]) -> list[float] | None:
     """The load cap of each layer, which the witness keeps; None if there is none.
 
-    With replicas and no cap asked for, it is what balancing alone reaches.
+    With replicas and no cap asked for, it is what EPLB reaches, or balancing where that is worse.
 
     Raises:
         PlanError: the witness does not keep the cap.
@@ -214,6 +216,7 @@ def _caps(problem: Problem, affinity: Affinity, witness: Sequence[BoolArray]) ->
     if problem.load_cap is None and not problem.redundant:
         return None
     caps = []
+    shares = problem.topology.load_shares
     for layer, held, load in zip(problem.layer_ids, witness, affinity.load, strict=True):
         reached = load_of(held, load, problem.topology)
         if problem.load_cap is not None and reached > problem.load_cap * (1 + 1e-9):
@@ -222,7 +225,15 @@ def _caps(problem: Problem, affinity: Affinity, witness: Sequence[BoolArray]) ->
                 f"even placement found has {reached:.4f}; raise --load-cap to that, or add "
                 "redundant slots"
             )
-        caps.append(problem.load_cap if problem.load_cap is not None else reached * (1 + 1e-9))
+        cap = problem.load_cap
+        if cap is None:
+            slots = len(load) + problem.redundant
+            rival = reached
+            if problem.counts == "equal" and load.sum() > 0:
+                copies = eplb(load[None], slots, 1, 1, problem.devices).copies(problem.devices)
+                rival = imbalance(load, copies[0], shares)
+            cap = max(reached, rival) * (1 + 1e-9)
+        caps.append(cap)
     return caps
 
 

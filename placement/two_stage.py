@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from moe_runtime.placement.assign import LayerSlots
@@ -49,7 +50,7 @@ def over_nodes(instance: Instance, groups: Sequence[Sequence[int]]) -> Instance:
     slots = []
     for layer in instance.slots:
         limits = layer.limits
-        summed = {
+        summed: dict[str, Any] = {
             name: np.array([getattr(limits, name)[list(devices)].sum() for devices in groups])
             for name in ("least", "most", "load")
         }

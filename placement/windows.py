@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -29,7 +30,7 @@ _EPSILON = 1e-9  # as in `assign`
 _CHAIN_FREE = {2: 12, 3: 8}
 _PROGRAM_FREE = {2: 8, 3: 6}
 _MOST_PROGRAM_SECONDS = 2.0
-_IDLE_PASSES = 3  # passes over all windows without an improvement before giving up
+_IDLE_PASSES, _IDLE_WINDOWS = 3, 100  # tried without an improvement, both, before giving up
 _MOST_WINDOWS = 400  # of a pass
 
 
@@ -48,7 +49,8 @@ def polish(
     passes over all windows found nothing.
 
     Args:
-        assignment: keeps the limits; is not changed.
+        assignment: keeps the limits, and is not changed. Where it exceeds a load cap, it is
+            exceeded by no more afterwards.
         time_limit: seconds; exceeded by one window's at most.
         solver: `"chain"`, the dynamic program over all layers (`"highs"` is used where pairs skip
             layers), or the integer program's `"highs"` or `"cbc"`, warm-started.
@@ -66,38 +68,51 @@ def polish(
         solver = SOLVERS[0]
     began = time.perf_counter()
     rng = np.random.default_rng(seed)
+    instance = _as_loaded(instance, assignment)
     best, cost = [device.copy() for device in assignment], instance.cost(assignment)
-    improvements = idle = 0
-    while idle < _IDLE_PASSES:
-        idle += 1
-        for layers, devices in _windows(instance, best, solver, rng):
+    improvements = idle = passes = 0
+    while passes < _IDLE_PASSES or idle < _IDLE_WINDOWS:
+        passes += 1
+        windows = _windows(instance, best, solver, rng)
+        if not windows:
+            break
+        for layers, devices in windows:
             left = time_limit - (time.perf_counter() - began)
             if left <= 0:
                 return best, improvements
+            idle += 1
             part = _cut(instance, best, layers, devices, solver, rng)
             found = None if part is None else _solve(part, best, solver, left, seed)
             if part is None or found is None:
                 continue
             candidate = part.insert(best, found)
             now = instance.cost(candidate)
-            if now < cost - _TOLERANCE and _keeps_caps(instance, candidate, best, layers):
-                best, cost, idle = candidate, now, 0
+            if now < cost - _TOLERANCE and _keeps_caps(instance, candidate, layers):
+                best, cost, idle, passes = candidate, now, 0, 0
                 improvements += 1
                 if progress is not None:
                     progress(time.perf_counter() - began, cost)
     return best, improvements
 
 
-def _keeps_caps(
-    instance: Instance, candidate: Assignment, before: Assignment, layers: Sequence[int]
-) -> bool:
-    """Whether no cap is exceeded that was kept: sums of parts round otherwise than the whole's."""
-    for layer in layers:
-        slots = instance.slots[layer]
-        cap = np.maximum(slots.limits.load + _EPSILON, slots.loads(before[layer]))
-        if (slots.loads(candidate[layer]) > cap).any():
-            return False
-    return True
+def _as_loaded(instance: Instance, assignment: Assignment) -> Instance:
+    """The instance with caps raised to the loads that are there, where these exceed them."""
+    slots = tuple(
+        replace(
+            layer,
+            limits=replace(layer.limits, load=np.maximum(layer.limits.load, layer.loads(device))),
+        )
+        for layer, device in zip(instance.slots, assignment, strict=True)
+    )
+    return replace(instance, slots=slots)
+
+
+def _keeps_caps(instance: Instance, candidate: Assignment, layers: Sequence[int]) -> bool:
+    """Whether all caps are kept: sums of parts round otherwise than the whole's."""
+    return all(
+        (slots.loads(device) <= slots.limits.load + _EPSILON).all()
+        for slots, device in ((instance.slots[layer], candidate[layer]) for layer in layers)
+    )
 
 
 def _windows(
@@ -178,7 +193,7 @@ def _restless(
     copies = np.bincount(slots.owner[mine], minlength=int(slots.owner[-1]) + 1)
     mine = mine[copies[slots.owner[mine]] == 1]  # a part frees all of an expert's slots or none
     if len(mine) <= most:
-        return mine
+        return np.asarray(mine, dtype=np.int64)
     values = instance.values(assignment, layer)[mine][:, devices]
     here = np.searchsorted(devices, device[mine])
     index = np.arange(len(mine))
@@ -186,7 +201,8 @@ def _restless(
     values[index, here] = -np.inf
     gain = values.max(1) - own
     gain = gain / (gain.std() + 1e-300) + rng.gumbel(size=len(mine))
-    return np.sort(mine[np.argsort(-gain, kind="stable")[:most]])
+    chosen: IntArray = np.sort(mine[np.argsort(-gain, kind="stable")[:most]])
+    return chosen
 
 
 def _solve(

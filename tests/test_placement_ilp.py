@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from moe_runtime.placement.ilp import SOLVERS, solve_in_stages, solve_program
 from moe_runtime.placement.ilp_program import keeps_limits
 from moe_runtime.placement.instance import Instance, make_instance
 from moe_runtime.placement.problem import Objective, Problem
+from moe_runtime.placement.sweep import sweep
 from moe_runtime.placement.topology import Topology
+from moe_runtime.placement.windows import POLISHERS, polish
 
 from moe_runtime.errors import ConfigError, PlanError
 from placements import (
@@ -167,3 +170,100 @@ def test_one_node_is_one_stage() -> None:
     instance = planted_instance(3, 4, 2, stay=0.7, pairs=300)
     result = solve_in_stages(instance, Topology.of(2), time_limit=20)
     assert result.proved
+
+
+# -- the polish ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", POLISHERS)
+@settings(max_examples=10, deadline=None)
+@given(instance=instances(lag=2), seed=st.integers(0, 99))
+def test_a_polish_is_never_worse_and_keeps_limits(
+    solver: str, instance: Instance, seed: int
+) -> None:
+    keeping = list(all_assignments(instance))
+    if not keeping:
+        return
+    start = keeping[seed % len(keeping)]
+    before = [device.copy() for device in start]
+    found, improvements = polish(instance, start, time_limit=0.3, seed=seed, solver=solver)
+    check_limits(instance, found)
+    if improvements:
+        assert instance.cost(found) < instance.cost(start)
+    else:
+        assert instance.cost(found) == pytest.approx(instance.cost(start), abs=1e-12)
+    for mine, theirs in zip(before, start, strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def test_a_polish_of_all_slots_ends_at_the_optimum() -> None:
+    """Two devices, few experts: the first window is the whole instance."""
+    instance = planted_instance(6, 8, 2, stay=0.2, load_cap=1.15)
+    rng = np.random.default_rng(5)
+    start = [balanced_start(slots, rng) for slots in instance.slots]
+    found, improvements = polish(instance, start, time_limit=20)
+    exact = solve_exactly(instance)
+    assert exact is not None
+    check_limits(instance, found)
+    assert improvements == 1
+    assert instance.cost(found) == pytest.approx(instance.cost(exact), abs=1e-9)
+
+
+def test_a_polish_improves_what_a_capped_sweep_left() -> None:
+    instance = planted_instance(6, 24, 4, stay=0.1, load_cap=1.04)
+    swept = sweep(instance, seed=0, starts=1, perturbations=0).assignment
+    costs: list[float] = []
+    found, improvements = polish(
+        instance, swept, time_limit=3, progress=lambda _, cost: costs.append(cost)
+    )
+    check_limits(instance, found)
+    assert improvements == len(costs) > 0
+    assert sorted(costs, reverse=True) == costs
+    assert instance.cost(found) == pytest.approx(costs[-1])
+    assert costs[0] < instance.cost(swept)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_integer_programs_polish_too(solver: str) -> None:
+    instance = planted_instance(4, 12, 3, stay=0.5, load_cap=1.2)
+    rng = np.random.default_rng(3)
+    start = [balanced_start(slots, rng) for slots in instance.slots]
+    found, improvements = polish(instance, start, time_limit=2, solver=solver)
+    check_limits(instance, found)
+    assert improvements > 0
+    assert instance.cost(found) < instance.cost(start)
+
+
+def test_a_cap_that_is_exceeded_is_exceeded_by_no_more() -> None:
+    instance = planted_instance(4, 8, 2, stay=0.3)
+    start = [np.repeat([0, 1], 4) for _ in range(4)]
+    tight = replace(
+        instance,
+        slots=tuple(
+            replace(slots, limits=replace(slots.limits, load=slots.loads(device) * 0.95))
+            for slots, device in zip(instance.slots, start, strict=True)
+        ),
+    )
+    found, _ = polish(tight, start, time_limit=2)
+    for slots, before, after in zip(tight.slots, start, found, strict=True):
+        assert (slots.loads(after) <= slots.loads(before) + 1e-9).all()
+
+
+def test_a_polish_is_the_same_for_the_same_seed() -> None:
+    instance = planted_instance(4, 12, 3, stay=0.1, load_cap=1.1)
+    rng = np.random.default_rng(1)
+    start = [balanced_start(slots, rng) for slots in instance.slots]
+    first, second = (polish(instance, start, time_limit=60, seed=2) for _ in range(2))
+    assert first[1] == second[1] > 0
+    for mine, theirs in zip(first[0], second[0], strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def test_a_polish_has_a_time_limit_and_known_solvers() -> None:
+    instance = planted_instance(6, 24, 4, stay=0.1)
+    start = sweep(instance, seed=0, starts=1, perturbations=0).assignment
+    found, improvements = polish(instance, start, time_limit=0.0)
+    assert improvements == 0
+    assert instance.cost(found) == instance.cost(start)
+    with pytest.raises(ConfigError, match=r"scip.*chain, highs, cbc"):
+        polish(instance, start, solver="scip")
