@@ -14,7 +14,7 @@ from moe_runtime.placement.affinity import Affinity, affinity_of
 from moe_runtime.placement.plan import BoolArray
 from moe_runtime.placement.topology import Topology
 
-from moe_runtime.core import FloatArray
+from moe_runtime.core import FloatArray, IntArray
 from moe_runtime.errors import PlanError
 from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.trace import UNUSED, RoutingTrace
@@ -73,7 +73,7 @@ def measure(
     Raises:
         PlanError: layers or experts that differ.
     """
-    counts = affinity if affinity is not None else affinity_of(recording)
+    counts = affinity if affinity is not None else affinity_of(recording, within=False)
     for layer, experts, held in zip(counts.layer_ids, counts.experts, placement, strict=True):
         if held.shape != (experts, topology.devices):
             raise PlanError(
@@ -150,11 +150,26 @@ def _devices_needed(placement: Sequence[BoolArray], trace: RoutingTrace) -> Floa
     """
     needed = np.zeros((len(placement), placement[0].shape[1]))
     for position, held in enumerate(placement):
-        shares = held / np.maximum(held.sum(1, keepdims=True), 1)
-        missing = np.concatenate([1.0 - shares, np.ones((1, held.shape[1]))])  # last: no expert
+        count = _tokens_by_set if held.shape[1] <= 64 and held.sum() == len(held) else _expected
         step = max(1, _CHUNK_CELLS // (trace.topk_ids.shape[2] * held.shape[1]))
         for start in range(0, len(trace), step):
             ids = trace.topk_ids[start : start + step, position].astype(np.int64)
             ids[ids == UNUSED] = len(held)
-            needed[position] += (1.0 - missing[ids].prod(1)).sum(0)
+            needed[position] += count(held, ids)
     return needed / len(trace)
+
+
+def _expected(held: BoolArray, ids: IntArray) -> FloatArray:
+    """float64 `[G]`: expected number of the tokens that need each device; ids `[N, K]`."""
+    shares = held / np.maximum(held.sum(1, keepdims=True), 1)
+    missing = np.concatenate([1.0 - shares, np.ones((1, held.shape[1]))])  # last: no expert
+    result: FloatArray = (1.0 - missing[ids].prod(1)).sum(0)
+    return result
+
+
+def _tokens_by_set(held: BoolArray, ids: IntArray) -> FloatArray:
+    """The same without replicas and for 64 devices at most: a token's devices as bits."""
+    bit = np.append(np.uint64(1) << held.argmax(1).astype(np.uint64), np.uint64(0))
+    sets = np.bitwise_or.reduce(bit[ids], axis=1)
+    devices = np.arange(held.shape[1], dtype=np.uint64)
+    return np.array([float(((sets >> device) & np.uint64(1)).sum()) for device in devices])

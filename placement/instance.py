@@ -176,6 +176,11 @@ def make_instance(
         pairs = _pairs(affinity, owners, lag_weights, power, pair_weight, replicas_near=near)
     together: tuple[FloatArray, ...] = ()
     if problem.objective.distinct:
+        if len(affinity.together) != len(affinity.layer_ids):
+            raise PlanError(
+                "the objective distinct needs routing per token; these are counts without tokens, "
+                "or pairs inside layers were not counted: record a trace (moe-runtime trace)"
+            )
         together = _together(affinity, owners, power, problem.objective.distinct)
     total = (pair_weight if any(m.any() for _, _, m in pairs) else 0.0) + (
         problem.objective.distinct if any(m.any() for m in together) else 0.0

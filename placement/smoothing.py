@@ -38,13 +38,16 @@ class Smoothing:
     power: float = 1.0
     repeats: bool = False
 
-    def count(self, trace: RoutingTrace, *, weighted: bool = False) -> Affinity:
+    def count(
+        self, trace: RoutingTrace, *, weighted: bool = False, within: bool = True
+    ) -> Affinity:
         """The counts of a trace, before the power."""
         return affinity_of(
             trace,
             weighted=weighted,
             lags=len(self.lag_weights),
             token_weights=repeated_tokens(trace) if self.repeats else None,
+            within=within,
         )
 
 

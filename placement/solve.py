@@ -111,7 +111,8 @@ def make_plan(
     options = options or SolveOptions()
     say = progress or (lambda *_: None)
     began = time.perf_counter()
-    raw = affinity_of(train, weighted=options.weighted)
+    within = problem.objective.distinct > 0
+    raw = affinity_of(train, weighted=options.weighted, within=within)
     level, tried = _smoothing(problem, train, options, say)
     witness = balanced(problem, raw, options.seed)
     caps = _caps(problem, raw, witness)
@@ -196,11 +197,11 @@ def _smoothing(
 
     def fit(part: RoutingTrace, level: Smoothing) -> Callable[[RoutingTrace], float]:
         say(f"smoothing: {level.name}", None, None)
-        counts = level.count(part, weighted=options.weighted)
+        counts = level.count(part, weighted=options.weighted, within=False)
         instance = make_instance(free, counts, lag_weights=level.lag_weights, power=level.power)
         found = sweep(instance, seed=options.seed, starts=3, perturbations=2, time_limit=10.0)
         placement = instance.placement(found.assignment)
-        return lambda test: crossing_of(placement, affinity_of(test))
+        return lambda test: crossing_of(placement, affinity_of(test, within=False))
 
     return choose_smoothing(train, fit)
 
@@ -253,7 +254,8 @@ def _solve(
     counts = raw
     if level.repeats or len(level.lag_weights) > 1:
         assert isinstance(train, RoutingTrace)
-        counts = level.count(train, weighted=options.weighted)
+        within = problem.objective.distinct > 0
+        counts = level.count(train, weighted=options.weighted, within=within)
         # Loads are capped as they are, whatever is done to the affinity.
         counts = replace(counts, load=raw.load)
     instance = make_instance(
@@ -407,7 +409,7 @@ def _metrics(
 ) -> dict[str, Any]:
     """Everything that was measured, the plan beside the baselines, train beside held-out."""
     rivals = {"plan": placement, **baselines(problem, raw, seed)}
-    counts = None if held_out is None else affinity_of(held_out)
+    counts = None if held_out is None else affinity_of(held_out, within=False)
 
     def both(held: list[BoolArray]) -> dict[str, Any]:
         on_train = raw if not raw.weighted else None
