@@ -161,6 +161,11 @@ def _use_weights(
             f"the router's weight in row {row}, layer {trace.layer_ids[at]} is "
             f"{weights[bad][0]}; count without weights, or record again"
         )
+    if not weights.any():
+        raise TraceError(
+            "the recording has no routing weights (all are 0: its engine does not write them); "
+            "count without weights"
+        )
     return weights if token_weights is None else weights * token_weights[:, None, None]
 
 
