@@ -51,6 +51,7 @@ class Smoothing:
         )
 
 
+# From weak to strong.
 LEVELS = {
     level.name: level
     for level in (
@@ -80,7 +81,11 @@ def choose_smoothing(
     trace: RoutingTrace,
     fit: Callable[[RoutingTrace, Smoothing], Callable[[RoutingTrace], float]],
 ) -> tuple[Smoothing, dict[str, float]]:
-    """The level whose plans are best on what they were not fitted to.
+    """The strongest level whose plans are as good as the best on what they were not fitted to.
+
+    As good: within one standard error of the difference over the parts (the usual rule for
+    choosing a penalty). Parts of one recording resemble each other more than tomorrow's tokens
+    will, so that the best itself would smooth too little.
 
     Args:
         fit: makes a plan from a trace with a level, and gives a function that measures its cost on
@@ -96,10 +101,16 @@ def choose_smoothing(
     if not parts:
         return LEVELS["none"], {}
     costs = {
-        name: float(np.mean([fit(train, level)(test) for train, test in parts]))
+        name: np.array([fit(train, level)(test) for train, test in parts])
         for name, level in LEVELS.items()
     }
-    return LEVELS[min(costs, key=lambda name: costs[name])], costs
+    means = {name: float(each.mean()) for name, each in costs.items()}
+    best = min(means, key=lambda name: means[name])
+    for name in reversed(LEVELS):  # strongest first
+        behind = costs[name] - costs[best]
+        if behind.mean() <= behind.std(ddof=1) / np.sqrt(len(parts)):
+            return LEVELS[name], means
+    return LEVELS[best], means
 
 
 def _splits(trace: RoutingTrace) -> Iterator[tuple[RoutingTrace, RoutingTrace]]:
