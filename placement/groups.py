@@ -1,7 +1,7 @@
 """Group-limited routing: plans that keep each routing group of experts on one device.
 
-A router that first chooses groups (DeepSeek's `n_group`) computes something else once experts change
-groups. So groups are planned as if they were experts, and the plan is taken apart afterwards.
+A router that first chooses groups (DeepSeek's `n_group`) computes something else once experts
+change groups. So groups are planned as if they were experts, and the plan is taken apart afterwards.
 Knows no solver.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-
-from moe_runtime.errors import PlanError
 from moe_runtime.placement.plan import LayerPlan, Plan
 from moe_runtime.placement.problem import Problem
+
+from moe_runtime.errors import PlanError
 from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.trace import UNUSED, RoutingTrace
 

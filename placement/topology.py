@@ -5,6 +5,7 @@ Knows neither models nor plans. Read from a small YAML file or made from a few n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -167,6 +168,53 @@ class Topology:
             return cls.from_dict(data)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+
+    def save(self, path: Path | str) -> Path:
+        """Write a YAML file that `load` reads, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def measured(
+        cls, seconds: FloatArray, *, memory: tuple[int, ...] = (), near: float = 2.0
+    ) -> Topology:
+        """Devices whose hops were timed; those that reach each other quickly share a node.
+
+        Args:
+            seconds: `[G, G]`, seconds to move one token's hidden state; the diagonal is ignored.
+            memory: as in the constructor.
+            near: devices up to `near` times as far apart as the closest pair are of one node.
+
+        Raises:
+            PlanError: no square, or times that are not positive.
+        """
+        times = np.array(seconds, dtype=np.float64)
+        if times.ndim != 2 or times.shape[0] != times.shape[1]:
+            raise PlanError(f"measured times need shape [G, G], found {times.shape}")
+        away = ~np.eye(len(times), dtype=bool)
+        if not np.isfinite(times[away]).all() or (times[away] <= 0).any():
+            raise PlanError("measured times must be positive and finite")
+        times[~away] = 0.0
+        limit = near * times[away].min() if away.any() else 0.0
+        nodes = np.full(len(times), -1, dtype=np.int64)
+        for device in range(len(times)):
+            if nodes[device] < 0:
+                close = (times[device] <= limit) & (times[:, device] <= limit) & (nodes < 0)
+                nodes[close] = nodes.max() + 1
+        return cls(
+            nodes=tuple(nodes.tolist()),
+            cost=tuple(tuple(row) for row in (times * 1e6).round(4).tolist()),
+            memory=memory,
+            unit="us",
+        )
 
     @classmethod
     def from_dict(cls, data: Any) -> Topology:

@@ -45,6 +45,7 @@ SURFACE = {
         *("--variant", "--local-files-only"),
     },
     "report": {"RUN.json", "--out"},
+    "topology": {"--out", "--hidden", "--tokens"},
     "trace record": {
         *("MODEL", "--data", "--out", "--split", "--max-new-tokens", "--batch-size"),
         *("--max-tokens", "--limit", "--chat", "--expert-budget", "--host-budget", "--device"),

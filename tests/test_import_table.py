@@ -88,7 +88,7 @@ runtime           | ABOVE                                  | torch numpy transfo
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
                     predictors.* importers.* trace trace_summary routing_counts corpus cli.* \
-                  | typer rich torch transformers
+                  | typer rich numpy torch transformers
 __main__          | cli.*                                  |
 """
 

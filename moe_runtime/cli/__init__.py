@@ -11,6 +11,7 @@ from moe_runtime.cli.export import export
 from moe_runtime.cli.generate import generate
 from moe_runtime.cli.inspect import inspect
 from moe_runtime.cli.report import report
+from moe_runtime.cli.topology import topology
 from moe_runtime.cli.trace import trace
 from moe_runtime.version import __version__
 
@@ -49,6 +50,7 @@ app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("bake")(bake)
 app.command("report")(report)
+app.command("topology")(topology)
 app.add_typer(trace, name="trace")
 
 
