@@ -1,8 +1,8 @@
 """Group-limited routing: plans that keep each routing group of experts on one device.
 
 A router that first chooses groups (DeepSeek's `n_group`) computes something else once experts
-change groups. So groups are planned as if they were experts, and the plan is taken apart afterwards.
-Knows no solver.
+change groups. So groups are planned as if they were experts, and the plan is taken apart
+afterwards. Knows no solver.
 """
 
 from __future__ import annotations
