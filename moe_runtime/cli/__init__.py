@@ -9,6 +9,7 @@ from moe_runtime.cli.demo import demo
 from moe_runtime.cli.export import export
 from moe_runtime.cli.generate import generate
 from moe_runtime.cli.inspect import inspect
+from moe_runtime.cli.plan import plan
 from moe_runtime.cli.report import report
 from moe_runtime.version import __version__
 
@@ -45,6 +46,7 @@ app.command("demo")(demo)
 app.command("export")(export)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.add_typer(plan, name="plan")
 app.command("report")(report)
 
 
