@@ -28,7 +28,6 @@ _COLUMNS = {
     "load": "load",
     "load_worst": "worst layer",
     "hop_cost": "hop cost",
-    "dispatch_cost": "dispatch cost",
 }
 
 
@@ -77,7 +76,10 @@ def _measured(plans: dict[Path, Plan], recording: Recording) -> list[dict[str, A
     for topology in topologies:
         placement = contiguous(recording.experts, topology.devices)
         metrics = measure(placement, topology, recording, affinity)
-        rows.append({"plan": "contiguous", "devices": topology.devices, **metrics.to_dict()})
+        nodes = f" in {topology.node_count} nodes" if topology.node_count > 1 else ""
+        rows.append(
+            {"plan": f"contiguous{nodes}", "devices": topology.devices, **metrics.to_dict()}
+        )
     return rows
 
 
@@ -86,10 +88,12 @@ def _print(rows: list[dict[str, Any]], recording: Recording) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file has no edge to wrap at
     tokens = f"{recording.tokens:,} tokens" if recording.tokens else "an unknown number of tokens"
     console.print(f"measured on {tokens}; lower is better in every column\n", soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("plan", overflow="fold")
+    table.add_column("plan", overflow="fold", min_width=12)
     table.add_column("devices", justify="right")
     for title in _COLUMNS.values():
         table.add_column(title, justify="right")

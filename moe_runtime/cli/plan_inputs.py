@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 Recording: TypeAlias = RoutingTrace | RoutingCounts
+_READER_THREADS = 3  # what the commands read with unless told otherwise
 COUNTS_FORMAT = "moe-runtime.counts"
 PHASES = {"all": None, "prefill": PREFILL, "decode": DECODE}
 
@@ -40,6 +41,8 @@ class ModelFacts:
         model_id, fingerprint: of the model.
         layer_ids, experts, expert_bytes: absolute index, experts and bytes of one expert of each
             MoE layer.
+        working_bytes: what the runtime's least budget holds: staging, and one token's experts of
+            any one layer.
     """
 
     model_id: str
@@ -47,6 +50,7 @@ class ModelFacts:
     layer_ids: tuple[int, ...]
     experts: tuple[int, ...]
     expert_bytes: tuple[int, ...]
+    working_bytes: int
 
     def require(self, recording: Recording, name: str) -> None:
         """TraceError unless the recording is of this model."""
@@ -113,16 +117,20 @@ def in_phase(recording: Recording, phase: str) -> Recording:
 def model_facts(model: str) -> ModelFacts:
     """Read a checkpoint's structure; no weight is loaded. Errors as of `inspect_checkpoint`."""
     import moe_runtime
+    from moe_runtime.budget import least_budget
     from moe_runtime.cli.session import quiet_libraries
+    from moe_runtime.layout import largest_whole_row
 
     quiet_libraries(debug=False)
-    spec, _ = moe_runtime.inspect_checkpoint(model)
+    spec, experts = moe_runtime.inspect_checkpoint(model)
+    floor = largest_whole_row(spec, experts, by_rows=False)
     return ModelFacts(
         model_id=spec.model_id,
         fingerprint=spec.fingerprint,
         layer_ids=tuple(layer.layer for layer in spec.layers),
         experts=tuple(layer.num_experts for layer in spec.layers),
         expert_bytes=tuple(layer.expert_bytes for layer in spec.layers),
+        working_bytes=least_budget(spec, threads=_READER_THREADS, floor=floor, disk=True),
     )
 
 

@@ -20,6 +20,7 @@ from moe_runtime.cli.plan_inputs import (
     read_recordings,
 )
 from moe_runtime.cli.plan_progress import SolveProgress
+from moe_runtime.core import format_bytes
 from moe_runtime.errors import PlanError, TraceError
 from moe_runtime.placement.affinity import affinity_of, shuffled
 from moe_runtime.placement.flows import flow_summary
@@ -100,7 +101,7 @@ def make(options: MakeOptions, console: Console) -> Plan:
         )
     made = _with_flows(made, train, held_out)
     if problem.spill:
-        made = _with_tiers(made, train, problem, options)
+        made = _with_tiers(made, train, problem, options, facts)
     return replace(
         made,
         model_id=made.model_id or (facts.model_id if facts is not None else ""),
@@ -219,13 +220,32 @@ def _with_flows(made: Plan, train: Recording, held_out: Recording | None) -> Pla
     return replace(made, metrics={**made.metrics, "blocks": blocks})
 
 
-def _with_tiers(made: Plan, train: Recording, problem: Problem, options: MakeOptions) -> Plan:
+def _with_tiers(
+    made: Plan,
+    train: Recording,
+    problem: Problem,
+    options: MakeOptions,
+    facts: ModelFacts | None,
+) -> Plan:
+    """A tier for every expert. With the model known, one device keeps free what the runtime that
+    loads the plan into as large a budget works with besides.
+    """
     uses = train.counts if isinstance(train, RoutingCounts) else count_uses(train)
+    memory = made.topology.memory
+    reserve = None
+    if facts is not None and made.devices == 1:
+        reserve = facts.working_bytes
+        if reserve > memory[0]:
+            raise PlanError(
+                f"{format_bytes(memory[0])} do not hold what {facts.model_id} needs to run at "
+                f"all: {reserve - memory[0]} bytes are missing; give --memory {reserve} or more"
+            )
     return apply_tiers(
         made,
         list(uses),
         problem.expert_bytes,
         host_bytes=0 if options.host_memory is None else options.host_memory,
+        reserve=reserve,
         time_limit=options.time_limit,
     )
 

@@ -9,14 +9,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moe_runtime.placement.plan import Plan
+from moe_runtime.errors import PlanError
+from moe_runtime.placement.plan import Certificate, Plan
 from moe_runtime.report.summary import NONE, count, duration, percent, size
 
 __all__ = [
     "MEASURES",
     "best_known",
     "certificate_line",
+    "certificate_of",
     "comparison",
+    "devices_line",
     "headline",
     "layer_rows",
     "pair",
@@ -94,12 +97,12 @@ def headline(plan: Plan) -> str:
     load, even = value_of(mine, "load"), value_of(theirs, "load")
     if load is not None and even is not None:
         return f"highest load {load:.2f} times the mean on {which} tokens, contiguous {even:.2f}"
-    return f"{len(plan.layers)} MoE layers on {_devices(plan)}, not measured"
+    return f"{len(plan.layers)} MoE layers on {devices_line(plan)}, not measured"
 
 
 def certificate_line(plan: Plan) -> str:
     """What is proved of the plan, in words."""
-    proof = plan.certificate
+    proof = certificate_of(plan)
     if proof is None:
         return "no certificate: nobody solved for this plan"
     how = f"{proof.method}, {duration(proof.seconds)}, seed {proof.seed}"
@@ -111,6 +114,17 @@ def certificate_line(plan: Plan) -> str:
         f"({proof.bound_method}), so {gap} could be gained; not proved optimal "
         f"({how})"
     )
+
+
+def certificate_of(plan: Plan) -> Certificate | None:
+    """The plan's certificate; on one device, where only residents are chosen, that of its tiers."""
+    inner = section(section(plan.metrics, "residency"), "certificate")
+    if plan.devices > 1 or not inner:
+        return plan.certificate
+    try:
+        return Certificate(**{name: value for name, value in inner.items() if name != "gap"})
+    except (PlanError, TypeError):
+        return plan.certificate
 
 
 def support_line(plan: Plan) -> str | None:
@@ -148,6 +162,8 @@ def residency_line(plan: Plan) -> str | None:
 
 def warnings_of(plan: Plan) -> list[str]:
     """What a user should know before relying on the plan."""
+    if plan.devices == 1:
+        return []  # nothing crosses, and all load is the one device's
     found = []
     rival = section(section(plan.metrics, "baselines"), "contiguous")
     gains = []
@@ -206,7 +222,8 @@ def layer_rows(plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
-def _devices(plan: Plan) -> str:
+def devices_line(plan: Plan) -> str:
+    """`8 devices in 2 nodes`."""
     nodes = plan.topology.node_count
     return f"{plan.devices} device{'s' * (plan.devices > 1)}" + f" in {nodes} nodes" * (nodes > 1)
 

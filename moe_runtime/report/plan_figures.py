@@ -43,7 +43,7 @@ def _device_colours(devices: int) -> FloatArray:
     """float64 `[G, 3]`: hues around the circle, every second one lighter, for light and dark."""
     return np.array(
         [
-            colorsys.hls_to_rgb((0.58 + at / devices) % 1.0, 0.44 + 0.18 * (at % 2), 0.55)
+            colorsys.hls_to_rgb((0.58 + at / devices) % 1.0, 0.46 + 0.16 * (at % 2), 0.45)
             for at in range(devices)
         ]
     )
@@ -106,7 +106,7 @@ def loads(plan: Plan) -> tuple[str, float]:
     if values is None or values.shape[1] < 2:
         return "", 0.0
     over = values * sizes.sum() / sizes
-    most = float(over.max()) or 1.0
+    most = max(2.0, float(over.max()))  # an even load is half the colour at most
     with drawing_of(heat_size(len(over))) as drawing:
         axes = drawing.figure.add_subplot()
         heat_map(axes, over / most)

@@ -35,10 +35,10 @@ def render_plan(plan: Plan, transitions: Sequence[FloatArray] = ()) -> str:
         residency=facts.residency_line(plan),
         rivals=_only(
             title="Against other placements",
-            note="lower is better; the placements' own names in the table below",
-            svg=figures.rivals(plan),
+            note="lower is better",
+            svg=figures.rivals(plan) if plan.devices > 1 else "",
         ),
-        rows=_rows(plan),
+        rows=_rows(plan) if plan.devices > 1 else [],
         held=bool(facts.section(plan.metrics, "held_out")),
         measures=list(facts.MEASURES.values()),
         placement=_only(
@@ -86,18 +86,19 @@ def _tiles(plan: Plan) -> list[Tile]:
         ("hop_cost", "Hop cost a token", _two),
     ):
         ours = facts.value_of(mine, field)
-        if ours is not None:
+        if ours is not None and plan.devices > 1:
             other = write(facts.value_of(theirs, field))
             tiles.append(
                 Tile(label=label, value=write(ours), note=f"contiguous {other}; {which} tokens")
             )
-    if plan.certificate is not None:
-        proved = plan.certificate.status == "optimal"
+    proof = facts.certificate_of(plan)
+    if proof is not None:
+        proved = proof.status == "optimal"
         tiles.append(
             Tile(
                 label="Gap to the bound",
-                value=percent(plan.certificate.gap),
-                note="proved optimal" if proved else plan.certificate.bound_method,
+                value=percent(proof.gap),
+                note="proved optimal" if proved else proof.bound_method,
             )
         )
     share = facts.value_of(facts.section(plan.metrics, "residency"), "predicted_share")
@@ -154,7 +155,7 @@ def _layers(plan: Plan) -> list[dict[str, str]]:
 
 def _tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
     """The sections that are lists of names and values."""
-    proof, topology = plan.certificate, plan.topology
+    proof, topology = facts.certificate_of(plan), plan.topology
     support = facts.section(plan.metrics, "support")
     memory = sorted({value for value in topology.memory if value})
     devices = [

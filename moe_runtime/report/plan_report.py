@@ -52,8 +52,10 @@ class PlanReport:
 
     def findings(self) -> list[str]:
         """What is proved, how far the counts carry, what stays in memory: a line each."""
-        lines = [f"certificate: {facts.certificate_line(self.plan)}"]
-        support, residency = facts.support_line(self.plan), facts.residency_line(self.plan)
+        plan = self.plan
+        proof, residency = facts.certificate_line(plan), facts.residency_line(plan)
+        lines = [f"certificate: {proof}"]
+        support = facts.support_line(plan) if plan.devices > 1 else None
         lines += [f"support: {support}"] if support else []
         return lines + ([f"residency: {residency}"] if residency else [])
 
@@ -105,7 +107,7 @@ class PlanReport:
             lines.append(f"  {name:<14}{text}")
         lines += [f"  {'warning':<14}{text}" for text in facts.warnings_of(plan)]
         held = bool(facts.section(plan.metrics, "held_out"))
-        if facts.section(plan.metrics, "train"):
+        if plan.devices > 1 and facts.section(plan.metrics, "train"):
             titles = "".join(f"{title:>20}" for title in facts.MEASURES.values())
             lines += ["", f"{'train, held-out' if held else 'on train':<16}{titles}"]
             for name, measured in facts.comparison(plan):
@@ -133,5 +135,5 @@ def _model(plan: Plan) -> str:
 def _topology(plan: Plan) -> str:
     topology = plan.topology
     memory = sorted({value for value in topology.memory if value})
-    text = f"{topology.devices} in {topology.node_count} node(s)"
+    text = facts.devices_line(plan)
     return text + (f", {' or '.join(map(facts.size, memory))} for experts each" if memory else "")
