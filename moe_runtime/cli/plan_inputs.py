@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moe_runtime.errors import PlanError, TraceError
+from moe_runtime.errors import BudgetError, PlanError, TraceError
 from moe_runtime.placement.plan import Plan
 from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.trace import DECODE, PREFILL, RoutingTrace
@@ -41,8 +41,7 @@ class ModelFacts:
         model_id, fingerprint: of the model.
         layer_ids, experts, expert_bytes: absolute index, experts and bytes of one expert of each
             MoE layer.
-        working_bytes: what the runtime's least budget holds: staging, and one token's experts of
-            any one layer.
+        staging: bytes that the runtime reads through, in a budget of the memory asked for.
     """
 
     model_id: str
@@ -50,7 +49,7 @@ class ModelFacts:
     layer_ids: tuple[int, ...]
     experts: tuple[int, ...]
     expert_bytes: tuple[int, ...]
-    working_bytes: int
+    staging: int
 
     def require(self, recording: Recording, name: str) -> None:
         """TraceError unless the recording is of this model."""
@@ -114,23 +113,39 @@ def in_phase(recording: Recording, phase: str) -> Recording:
     return chosen
 
 
-def model_facts(model: str) -> ModelFacts:
-    """Read a checkpoint's structure; no weight is loaded. Errors as of `inspect_checkpoint`."""
+def model_facts(model: str, memory: int | None = None) -> ModelFacts:
+    """Read a checkpoint's structure; no weight is loaded.
+
+    Args:
+        memory: bytes of one device, for the runtime's working memory.
+
+    Raises:
+        As `inspect_checkpoint`.
+        PlanError: the runtime cannot run the model in so little memory; says what it takes.
+    """
     import moe_runtime
-    from moe_runtime.budget import least_budget
+    from moe_runtime.budget import plan_budget
     from moe_runtime.cli.session import quiet_libraries
     from moe_runtime.layout import largest_whole_row
 
     quiet_libraries(debug=False)
     spec, experts = moe_runtime.inspect_checkpoint(model)
     floor = largest_whole_row(spec, experts, by_rows=False)
+    staging = 0
+    if memory is not None:
+        try:
+            staging = plan_budget(
+                spec, memory, "", threads=_READER_THREADS, floor=floor, disk=True
+            ).staging
+        except BudgetError as error:
+            raise PlanError(f"--memory is too little to run {model} in: {error}") from error
     return ModelFacts(
         model_id=spec.model_id,
         fingerprint=spec.fingerprint,
         layer_ids=tuple(layer.layer for layer in spec.layers),
         experts=tuple(layer.num_experts for layer in spec.layers),
         expert_bytes=tuple(layer.expert_bytes for layer in spec.layers),
-        working_bytes=least_budget(spec, threads=_READER_THREADS, floor=floor, disk=True),
+        staging=staging,
     )
 
 

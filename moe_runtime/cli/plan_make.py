@@ -20,7 +20,6 @@ from moe_runtime.cli.plan_inputs import (
     read_recordings,
 )
 from moe_runtime.cli.plan_progress import SolveProgress
-from moe_runtime.core import format_bytes
 from moe_runtime.errors import PlanError, TraceError
 from moe_runtime.placement.affinity import affinity_of, shuffled
 from moe_runtime.placement.flows import flow_summary
@@ -85,7 +84,9 @@ def make(options: MakeOptions, console: Console) -> Plan:
     objective = Objective.parse(options.objective)
     solve_options = _solve_options(options, objective)
     recording = in_phase(read_recordings(options.traces), options.phase)
-    facts = None if options.model is None else model_facts(options.model)
+    # A plan for one device is one for the runtime.
+    runtime = options.memory if options.devices == 1 else None
+    facts = None if options.model is None else model_facts(options.model, runtime)
     if facts is not None:
         facts.require(recording, str(options.traces[0]))
     train, held_out = _split(options, recording)
@@ -227,27 +228,21 @@ def _with_tiers(
     options: MakeOptions,
     facts: ModelFacts | None,
 ) -> Plan:
-    """A tier for every expert. With the model known, one device keeps free what the runtime that
-    loads the plan into as large a budget works with besides.
+    """A tier for every expert. With the model known, one device keeps free what a runtime with as
+    large a budget reads through.
     """
     uses = train.counts if isinstance(train, RoutingCounts) else count_uses(train)
     memory = made.topology.memory
-    reserve = None
-    if facts is not None and made.devices == 1:
-        reserve = facts.working_bytes
-        if reserve > memory[0]:
-            raise PlanError(
-                f"{format_bytes(memory[0])} do not hold what {facts.model_id} needs to run at "
-                f"all: {reserve - memory[0]} bytes are missing; give --memory {reserve} or more"
-            )
-    return apply_tiers(
+    staging = facts.staging if facts is not None else 0
+    tiered = apply_tiers(
         made,
         list(uses),
         problem.expert_bytes,
+        memory=[limit - staging if limit else 0 for limit in memory],
         host_bytes=0 if options.host_memory is None else options.host_memory,
-        reserve=reserve,
         time_limit=options.time_limit,
     )
+    return replace(tiered, topology=made.topology)
 
 
 def _provenance(
