@@ -11,12 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from moe_runtime.cli.options import DebugOption, JsonOption
-from moe_runtime.cli.plan_inputs import Recording, read_recordings, require_plan_like
+from moe_runtime.cli.plan_inputs import require_plan_like
 from moe_runtime.cli.session import emit_json, session
 from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.baselines import contiguous
 from moe_runtime.placement.cost import measure
 from moe_runtime.placement.plan import Plan
+from moe_runtime.placement.recordings import Recording, read_recordings
 from moe_runtime.report.summary import NONE
 
 __all__ = ["compare_command"]

@@ -12,19 +12,14 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from moe_runtime.cli.plan_inputs import (
-    ModelFacts,
-    Recording,
-    in_phase,
-    model_facts,
-    read_recordings,
-)
+from moe_runtime.cli.plan_inputs import ModelFacts, model_facts
 from moe_runtime.cli.plan_progress import SolveProgress
 from moe_runtime.errors import PlanError, TraceError
 from moe_runtime.placement.affinity import affinity_of, shuffled
 from moe_runtime.placement.flows import flow_summary
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.problem import Objective, Problem
+from moe_runtime.placement.recordings import Recording, in_phase, read_recordings
 from moe_runtime.placement.residency import apply_tiers, count_uses
 from moe_runtime.placement.solve import SolveOptions, make_plan, split_holdout
 from moe_runtime.placement.topology import Topology

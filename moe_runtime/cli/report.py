@@ -12,10 +12,11 @@ from typing import Annotated
 import typer
 
 from moe_runtime.cli.options import DebugOption, JsonOption, outcome_place
-from moe_runtime.cli.plan_inputs import read_recordings, require_plan_like
+from moe_runtime.cli.plan_inputs import require_plan_like
 from moe_runtime.cli.session import emit_json, session
 from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.plan import Plan
+from moe_runtime.placement.recordings import read_recordings
 from moe_runtime.report import PlanReport, Report
 
 __all__ = ["report"]
