@@ -21,6 +21,7 @@ __all__ = [
     "comparison",
     "devices_line",
     "headline",
+    "interval_of",
     "layer_rows",
     "pair",
     "residency_line",
@@ -127,15 +128,23 @@ def certificate_of(plan: Plan) -> Certificate | None:
         return plan.certificate
 
 
+def interval_of(support: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval of the affinity's excess, if two numbers stand there."""
+    ends = support.get("interval")
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return None
+    low, high = (value_of({"end": end}, "end") for end in ends)
+    return None if low is None or high is None else (low, high)
+
+
 def support_line(plan: Plan) -> str | None:
     """How far the counts carry; None where tokens were not known."""
     support = section(plan.metrics, "support")
     excess = value_of(support, "excess")
     if excess is None:
         return None
-    interval = support.get("interval")
-    known = isinstance(interval, list | tuple) and len(interval) == 2
-    span = f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}; " if known else ""
+    interval = interval_of(support)
+    span = f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}; " if interval else ""
     return (
         f"{count(value_of(support, 'tokens'))} tokens in "
         f"{count(value_of(support, 'sequences'))} sequences, "
@@ -190,8 +199,8 @@ def warnings_of(plan: Plan) -> list[str]:
             f"{loads[1]:.2f} on held-out ones: record more varied text, or add redundant slots"
         )
     support = section(plan.metrics, "support")
-    interval, noise = support.get("interval"), value_of(support, "excess_shuffled")
-    if isinstance(interval, list | tuple) and noise is not None and interval[0] <= 1.05 * noise:
+    interval, noise = interval_of(support), value_of(support, "excess_shuffled")
+    if interval is not None and noise is not None and interval[0] <= 1.05 * noise:
         found.append(
             "the affinity of this trace is hardly above that of the shuffled control: there is "
             "little to plan from; record more"

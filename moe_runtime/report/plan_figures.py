@@ -205,14 +205,14 @@ def rivals(plan: Plan) -> str:
     measures = [name for name in _BARS if value_of(rows[0][1].get("train"), name) is not None]
     if not measures or len(rows) < 2:
         return ""
-    places = np.arange(len(rows))[::-1]
+    places: FloatArray = np.arange(len(rows), dtype=np.float64)[::-1]
     with drawing_of((FULL[0], 74 + 40 * len(rows))) as drawing:
         first: Axes | None = None
         for column, measure in enumerate(measures):
             axes = drawing.figure.add_subplot(1, len(measures), column + 1, sharey=first)
             for number, kind in enumerate(kinds):
-                offset = 0.19 * (1 - 2 * number) if held else 0.0
-                _bars(axes, places + offset, [row.get(kind) for _, row in rows], measure, kind)
+                at: FloatArray = places + (0.19 * (1 - 2 * number) if held else 0.0)
+                _bars(axes, at, [row.get(kind) for _, row in rows], measure, kind)
             axes.set_title(_BARS[measure], fontsize=11, color=TEXT, loc="left")
             axes.set_xticks([])
             axes.spines["bottom"].set_visible(False)
@@ -230,9 +230,9 @@ def rivals(plan: Plan) -> str:
 def _bars(axes: Axes, places: FloatArray, measured: Sequence[Any], measure: str, kind: str) -> None:
     scale = 100 if measure == "crossing" else 1
     values = [(value_of(one, measure) or 0.0) * scale for one in measured]
-    dim = {"color": MUTED, "alpha": 0.45} if kind == "train" else {"color": ACCENT, "alpha": 1.0}
+    colour, alpha = (MUTED, 0.45) if kind == "train" else (ACCENT, 1.0)
     words = "training tokens" if kind == "train" else "held-out tokens"
-    axes.barh(places, values, 0.36, label=words, **dim)
+    axes.barh(places, values, 0.36, label=words, color=colour, alpha=alpha)
     most = max((*values, axes.get_xlim()[1] / 1.2))
     axes.set_xlim(0, most * 1.2)
     for place, value in zip(places, values, strict=True):

@@ -179,14 +179,13 @@ def _tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
         ]
     carried = []
     if support:
-        interval = support.get("interval")
-        known = isinstance(interval, list | tuple) and len(interval) == 2
+        interval = facts.interval_of(support)
         carried = [
             ("Tokens", count(facts.value_of(support, "tokens"))),
             ("Sequences", count(facts.value_of(support, "sequences"))),
             ("Expert pairs a cell", _two(facts.value_of(support, "pairs_a_cell"))),
             ("Affinity beyond popularity", _three(facts.value_of(support, "excess"))),
-            ("95 % interval", f"{interval[0]:.3f} to {interval[1]:.3f}" if known else NONE),
+            ("95 % interval", f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else NONE),
             ("Shuffled control", _three(facts.value_of(support, "excess_shuffled"))),
         ]
     settings = [(str(name), _plain(value)) for name, value in plan.settings.items()]

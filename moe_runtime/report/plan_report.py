@@ -14,6 +14,7 @@ from moe_runtime.core import FloatArray
 from moe_runtime.errors import ConfigError, PlanError
 from moe_runtime.placement.plan import Plan, write_text
 from moe_runtime.report import plan_facts as facts
+from moe_runtime.report.summary import size
 
 __all__ = ["PlanReport"]
 
@@ -136,4 +137,4 @@ def _topology(plan: Plan) -> str:
     topology = plan.topology
     memory = sorted({value for value in topology.memory if value})
     text = facts.devices_line(plan)
-    return text + (f", {' or '.join(map(facts.size, memory))} for experts each" if memory else "")
+    return text + (f", {' or '.join(map(size, memory))} for experts each" if memory else "")
