@@ -45,11 +45,8 @@ loading           | model_spec paged safetensors_index     | torch transformers 
 checkpoint        | model_spec safetensors_index           | torch transformers numpy
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
-trace_writer      | trace                                  | numpy safetensors
 routing_counts    | trace                                  | numpy safetensors
-trace_summary     | trace routing_counts                   | numpy
-corpus            |                                        |
-importers.*       | trace trace_writer routing_counts importers.* | numpy torch safetensors
+trace_writer      | trace                                  | numpy
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
 budget            | memory model_spec slots store          | torch transformers
@@ -79,15 +76,15 @@ placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
 placement.ilp*    | trace placement.*                      | numpy pulp
 placement.export_*| trace placement.*                      | numpy torch yaml
-placement.bake*   | version memory model_spec loading checkpoint safetensors_index placement.plan \
-                    placement.bake*                        | numpy torch transformers
+placement.bake*   | model_spec checkpoint safetensors_index placement.plan placement.bake* \
+                  | numpy torch transformers safetensors
 placement.*       | trace routing_counts placement.*       | numpy scipy
 pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
-                    predictors.* importers.* trace trace_summary routing_counts corpus cli.* \
+                    predictors.* cli.* \
                   | typer rich torch transformers
 __main__          | cli.*                                  |
 """
