@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ SURFACE = {
         *("MODEL", "--expert-budget", "--reader-threads", "--dtype", "--revision", "--subfolder"),
         *("--variant", "--local-files-only"),
     },
-    "report": {"RUN.json", "--out"},
     "topology": {"--out", "--hidden", "--tokens"},
     "trace record": {
         *("MODEL", "--data", "--out", "--split", "--max-new-tokens", "--batch-size"),
@@ -57,6 +57,15 @@ SURFACE = {
         *("--experts", "--top-k", "--name"),
     },
     "trace show": {"TRACE"},
+    "plan make": {
+        *("TRACE...", "--devices", "--nodes", "--topology", "--objective", "--load-cap"),
+        *("--redundant", "--counts", "--slack", "--holdout", "--test", "--phase", "--weighted"),
+        *("--smoothing", "--shuffled", "--method", "--stages", "--time-limit", "--starts"),
+        *("--seed", "--memory", "--host-memory", "--model", "--expert-bytes", "--out"),
+    },
+    "plan show": {"PLAN", "--out"},
+    "plan compare": {"PLAN...", "--trace"},
+    "report": {"RUN.json", "--out", "--trace"},
 }
 EVERYWHERE = {"--json", "--debug"}
 
@@ -120,7 +129,7 @@ def test_help_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
     shown = " ".join(result.stdout.split("Example:")[1].split())
-    assert f"moe-runtime {command.removesuffix(' record')}" in shown
+    assert re.sub(" (record|make)$", "", f"moe-runtime {command}") in shown
 
 
 def test_version() -> None:

@@ -10,6 +10,7 @@ from moe_runtime.cli.demo import demo
 from moe_runtime.cli.export import export
 from moe_runtime.cli.generate import generate
 from moe_runtime.cli.inspect import inspect
+from moe_runtime.cli.plan import plan
 from moe_runtime.cli.report import report
 from moe_runtime.cli.topology import topology
 from moe_runtime.cli.trace import trace
@@ -45,13 +46,14 @@ def _root(
 
 # In the order in which `--help` lists them. A new command is one file and one line.
 app.command("demo")(demo)
-app.command("export")(export)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
-app.command("bake")(bake)
 app.command("report")(report)
-app.command("topology")(topology)
 app.add_typer(trace, name="trace")
+app.add_typer(plan, name="plan")
+app.command("export")(export)
+app.command("bake")(bake)
+app.command("topology")(topology)
 
 
 def main() -> None:

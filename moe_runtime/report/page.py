@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from moe_runtime.report import figures
+from moe_runtime.report.layout import Figure, Tile, present, template
 from moe_runtime.report.run import DECODE, PREFILL, Run
 from moe_runtime.report.summary import (
     NONE,
@@ -28,29 +27,7 @@ from moe_runtime.report.summary import (
     size,
 )
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
 __all__ = ["render_page"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A drawing with its heading; `full` is what a heat map's full colour stands for."""
-
-    title: str
-    note: str
-    svg: str
-    full: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """One figure of the headline."""
-
-    label: str
-    value: str
-    note: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +51,8 @@ def render_page(run: Run, summary: Summary) -> str:
     model = run.section("model")
     simulation = run.section("simulation")
     held_over_time, most_held = figures.residency_over_time(run) or ("", 0.0)
-    return _template().render(
+    return template("report.html.j2").render(
+        kind="run report",
         title=model.get("name") or model.get("class") or "unnamed model",
         outcome=outcome(summary).replace(" %", "\N{NO-BREAK SPACE}%"),
         compared=compared(run),
@@ -82,14 +60,14 @@ def render_page(run: Run, summary: Summary) -> str:
         tiles=_tiles(run, summary),
         policies=_policies(run),
         simulation_slots=count(simulation.get("slots")) if simulation.get("slots") else None,
-        layer_figures=_present(
+        layer_figures=present(
             Figure(
                 title="Hit rate by layer",
                 note=f"dashed: whole run, {percent(summary.hit_rate)}",
                 svg=figures.hit_rate_by_layer(run) or "",
             ),
         ),
-        time_figures=_present(
+        time_figures=present(
             Figure(
                 title="Misses a step",
                 note="of the experts that the step needed",
@@ -106,7 +84,7 @@ def render_page(run: Run, summary: Summary) -> str:
                 svg=figures.latency_over_time(run) or "",
             ),
         ),
-        residency_figures=_present(
+        residency_figures=present(
             Figure(
                 title="Held, by expert",
                 note="share of the snapshots in which the expert was in the fast tier",
@@ -121,7 +99,7 @@ def render_page(run: Run, summary: Summary) -> str:
             ),
         ),
         plan=_plan(run),
-        plan_figures=_present(
+        plan_figures=present(
             Figure(
                 title="Uses served by the plan's experts, by layer",
                 note="share of the layer's uses",
@@ -136,21 +114,6 @@ def render_page(run: Run, summary: Summary) -> str:
         tables=_tables(run, summary),
         explanation=run.section("budget").get("explanation"),
     )
-
-
-@cache
-def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined
-
-    source = resources.files("moe_runtime.report").joinpath("templates/report.html.j2")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(source.read_text(encoding="utf-8"))
-
-
-def _present(*drawn: Figure) -> list[Figure]:
-    return [figure for figure in drawn if figure.svg]
 
 
 def _tiles(run: Run, summary: Summary) -> list[Tile]:
