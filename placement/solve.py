@@ -40,6 +40,7 @@ Progress: TypeAlias = Callable[[str, float | None, float | None], None]
 METHODS = ("auto", "sweep", "exact", "highs", "cbc")
 # Of the time limit: the sweeps, the polish by integer programs, the rest for the bound.
 _SWEEP_SHARE, _POLISH_SHARE = 0.45, 0.2
+_EQUAL = 1e-6  # relative: bounds give away some rounding of singular values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +276,7 @@ def _solve(
         value=cost,
         bound=cost if proved else min(bound.cost, cost),
         bound_method=bound.method,
-        status="optimal" if proved or cost - bound.cost <= 1e-9 else "feasible",
+        status="optimal" if proved or cost - bound.cost <= _EQUAL * cost else "feasible",
         method=method,
         seconds=time.perf_counter() - began,
         seed=options.seed,

@@ -59,7 +59,16 @@ SURFACE = {
     "trace show": {"TRACE"},
     "plan make": {
         *("TRACE...", "--devices", "--nodes", "--topology", "--objective", "--load-cap"),
-        *("--redundant", "--counts", "--slack", "--holdout", "--test", "--phase", "--weighted"),
+        *(
+            "--redundant",
+            "--counts",
+            "--slack",
+            "--groups",
+            "--holdout",
+            "--test",
+            "--phase",
+            "--weighted",
+        ),
         *("--smoothing", "--shuffled", "--method", "--stages", "--time-limit", "--starts"),
         *("--seed", "--memory", "--host-memory", "--model", "--expert-bytes", "--out"),
     },

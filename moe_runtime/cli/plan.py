@@ -96,6 +96,10 @@ def make_command(  # noqa: PLR0913, PLR0917  the command's options
     slack: Annotated[
         float, typer.Option("--slack", help="With --counts capped: times an equal share.")
     ] = 1.25,
+    groups: Annotated[
+        int,
+        typer.Option("--groups", min=0, help="Routing groups that stay whole (n_group); 0: none."),
+    ] = 0,
     holdout: Annotated[
         float, typer.Option("--holdout", help="Share of the sequences to measure on, unseen.")
     ] = 0.3,
@@ -208,6 +212,7 @@ def make_command(  # noqa: PLR0913, PLR0917  the command's options
             redundant=redundant,
             counts=counts,
             slack=slack,
+            groups=groups,
             holdout=holdout,
             phase=phase,
             weighted=weighted,

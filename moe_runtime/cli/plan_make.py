@@ -17,6 +17,7 @@ from moe_runtime.cli.plan_progress import SolveProgress
 from moe_runtime.errors import PlanError, TraceError
 from moe_runtime.placement.affinity import affinity_of, shuffled
 from moe_runtime.placement.flows import flow_summary
+from moe_runtime.placement.groups import experts_of_groups, grouped_problem, in_groups
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.problem import Objective, Problem
 from moe_runtime.placement.recordings import Recording, in_phase, read_recordings
@@ -44,6 +45,7 @@ class MakeOptions:
     redundant: int
     counts: str
     slack: float
+    groups: int
     holdout: float
     phase: str
     weighted: bool
@@ -92,9 +94,7 @@ def make(options: MakeOptions, console: Console) -> Plan:
         two = two and options.method != "exact"
         solve_options = replace(solve_options, stages=2 if two else 1)
     with SolveProgress(console, options.time_limit) as progress:
-        made = make_plan(
-            problem, train, held_out=held_out, options=solve_options, progress=progress
-        )
+        made = _solved(options.groups, problem, train, held_out, solve_options, progress)
     made = _with_flows(made, train, held_out)
     if problem.spill:
         made = _with_tiers(made, train, problem, options, facts)
@@ -104,6 +104,29 @@ def make(options: MakeOptions, console: Console) -> Plan:
         fingerprint=made.fingerprint or (facts.fingerprint if facts is not None else ""),
         settings={**made.settings, **_provenance(options, train, held_out)},
     )
+
+
+def _solved(
+    groups: int,
+    problem: Problem,
+    train: Recording,
+    held_out: Recording | None,
+    solve_options: SolveOptions,
+    progress: SolveProgress,
+) -> Plan:
+    """The plan; routing groups stay whole if there are any."""
+    if not groups:
+        return make_plan(
+            problem, train, held_out=held_out, options=solve_options, progress=progress
+        )
+    made = make_plan(
+        grouped_problem(problem, groups),
+        in_groups(train, groups),
+        held_out=None if held_out is None else in_groups(held_out, groups),
+        options=solve_options,
+        progress=progress,
+    )
+    return experts_of_groups(made, problem.experts)
 
 
 def _solve_options(options: MakeOptions, objective: Objective) -> SolveOptions:
@@ -211,7 +234,9 @@ def _with_flows(made: Plan, train: Recording, held_out: Recording | None) -> Pla
     """What the page draws, measured on unseen tokens where there are some."""
     measured = train if held_out is None else held_out
     blocks = flow_summary(
-        made.matrices(), affinity_of(measured), "train" if held_out is None else "held_out"
+        made.matrices(),
+        affinity_of(measured, within=False),
+        "train" if held_out is None else "held_out",
     )
     return replace(made, metrics={**made.metrics, "blocks": blocks})
 
@@ -250,6 +275,7 @@ def _provenance(
         "holdout": None if options.test or held_out is None else options.holdout,
         "phase": options.phase,
         "shuffled": options.shuffled,
+        "groups": options.groups,
         "train_tokens": train.tokens,
         "held_out_tokens": 0 if held_out is None else held_out.tokens,
     }
