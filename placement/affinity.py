@@ -117,21 +117,24 @@ def affinity_of(
         )
     if not len(trace):
         raise TraceError("the trace has no tokens; record or import more")
-    uses = _use_weights(trace, weighted, token_weights)
+    uses = _router_weights(trace) if weighted else None
+    rows = _row_weights(trace, token_weights)
     positions = range(len(trace.layer_ids))
     hops = tuple(
-        tuple(_count_pairs(trace, s, s + lag, uses) for s in positions if s + lag in positions)
+        tuple(
+            _count_pairs(trace, s, s + lag, uses, rows) for s in positions if s + lag in positions
+        )
         for lag in range(1, min(lags, len(positions) - 1) + 1)
     )
     together = []
     for s in positions if within else ():
-        pairs = _count_pairs(trace, s, s, uses)
+        pairs = _count_pairs(trace, s, s, uses, rows)
         np.fill_diagonal(pairs, 0.0)
         together.append(pairs)
     return Affinity(
         layer_ids=trace.layer_ids,
         experts=trace.experts,
-        load=tuple(_count_uses(trace, s, uses) for s in positions),
+        load=tuple(_count_uses(trace, s, uses, rows) for s in positions),
         hops=hops,
         together=tuple(together),
         tokens=len(trace),
@@ -142,17 +145,8 @@ def affinity_of(
     )
 
 
-def _use_weights(
-    trace: RoutingTrace, weighted: bool, token_weights: FloatArray | None
-) -> FloatArray | None:
-    """float64 `[N, L, K]` or `[N, 1, 1]`: what each use counts; None if all count one."""
-    if token_weights is not None and token_weights.shape != (len(trace),):
-        raise PlanError(
-            f"token_weights need one number for each of {len(trace)} rows, found shape "
-            f"{token_weights.shape}"
-        )
-    if not weighted:
-        return None if token_weights is None else token_weights[:, None, None]
+def _router_weights(trace: RoutingTrace) -> FloatArray:
+    """float64 `[N, L, K]`: the router's weight of each use."""
     weights = trace.topk_weights.astype(np.float64)
     bad = ~np.isfinite(weights) | (weights < 0)
     if bad.any():
@@ -166,21 +160,42 @@ def _use_weights(
             "the recording has no routing weights (all are 0: its engine does not write them); "
             "count without weights"
         )
-    return weights if token_weights is None else weights * token_weights[:, None, None]
+    return weights
 
 
-def _count_uses(trace: RoutingTrace, position: int, uses: FloatArray | None) -> FloatArray:
+def _row_weights(trace: RoutingTrace, token_weights: FloatArray | None) -> FloatArray | None:
+    """float64 `[N]`: what each row counts; None if all count one."""
+    if token_weights is not None and token_weights.shape != (len(trace),):
+        raise PlanError(
+            f"token_weights need one number for each of {len(trace)} rows, found shape "
+            f"{token_weights.shape}"
+        )
+    return token_weights
+
+
+def _count_uses(
+    trace: RoutingTrace, position: int, uses: FloatArray | None, rows: FloatArray | None
+) -> FloatArray:
+    """float64 `[E]`."""
     ids = trace.topk_ids[:, position]
     chosen = ids != UNUSED
-    weights = None
-    if uses is not None:
-        weights = np.broadcast_to(uses[:, position if uses.shape[1] > 1 else 0], ids.shape)[chosen]
-    counts = np.bincount(ids[chosen], weights, minlength=trace.experts[position])
+    weights = None if uses is None else uses[:, position]
+    if rows is not None:
+        weights = np.broadcast_to(rows[:, None], ids.shape) * (1.0 if weights is None else weights)
+    counts = np.bincount(
+        ids[chosen],
+        None if weights is None else weights[chosen],
+        minlength=trace.experts[position],
+    )
     return counts.astype(np.float64)
 
 
 def _count_pairs(
-    trace: RoutingTrace, first: int, second: int, uses: FloatArray | None
+    trace: RoutingTrace,
+    first: int,
+    second: int,
+    uses: FloatArray | None,
+    row_weights: FloatArray | None,
 ) -> FloatArray:
     """float64 `[E_first, E_second]`: (expert, expert) pairs of all tokens."""
     rows, columns = trace.experts[first], trace.experts[second]
@@ -195,7 +210,10 @@ def _count_pairs(
         known = (a != UNUSED)[:, :, None] & (b != UNUSED)[:, None, :]
         weights = None
         if uses is not None:
-            weights = _pair_weights(uses[part], first, second, cells.shape)
+            weights = uses[part, first, :, None] * uses[part, second, None, :]
+        if row_weights is not None:  # once for a pair, whatever its uses weigh
+            of_row = np.broadcast_to(row_weights[part, None, None], cells.shape)
+            weights = of_row if weights is None else weights * of_row
         whole = bool(known.all())
         total += np.bincount(
             cells.ravel() if whole else cells[known],
@@ -203,14 +221,6 @@ def _count_pairs(
             minlength=rows * columns,
         )
     return total.reshape(rows, columns)
-
-
-def _pair_weights(uses: FloatArray, first: int, second: int, shape: tuple[int, ...]) -> FloatArray:
-    """What each pair counts: the token's weight, times both uses' own where they have one."""
-    if uses.shape[1] == 1:
-        return np.broadcast_to(uses, shape)
-    product: FloatArray = uses[:, first, :, None] * uses[:, second, None, :]
-    return product
 
 
 def repeated_tokens(trace: RoutingTrace) -> FloatArray:
@@ -305,10 +315,9 @@ def _groups(trace: RoutingTrace) -> IntArray:
 def _excess(trace: RoutingTrace, token_weights: FloatArray | None = None) -> float:
     """Mean over pairs of layers of the total variation between pairs and their margins' product."""
     last = len(trace.layer_ids) - 2
-    uses = None if token_weights is None else token_weights[:, None, None]
     values = []
     for s in np.unique(np.linspace(0, last, min(last + 1, 12)).astype(np.int64)).tolist():
-        hop = _count_pairs(trace, s, s + 1, uses)
+        hop = _count_pairs(trace, s, s + 1, None, token_weights)
         if hop.sum() > 0:
             joint = hop / hop.sum()
             free = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)

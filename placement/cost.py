@@ -86,7 +86,7 @@ def measure(
     crossing = node_crossing = hop_cost = distinct = dispatch = None
     if counts.hops:
         crossing = crossing_of(placement, counts)
-        node_crossing = crossing_of(_by_node(placement, topology), counts)
+        node_crossing = _node_crossing(placement, counts, topology)
         hop_cost = _hop_cost(placement, counts, topology)
     if isinstance(recording, RoutingTrace) and len(recording):
         needed = _devices_needed(placement, recording)
@@ -114,19 +114,31 @@ def load_of(held: BoolArray, uses: FloatArray, topology: Topology) -> float:
 
 def crossing_of(placement: Sequence[BoolArray], affinity: Affinity) -> float:
     """Share of consecutive-layer pairs on different devices; 0 if there are no pairs."""
+    return _crossing(affinity, [_shares(held) for held in placement], placement)
+
+
+def _shares(held: BoolArray) -> FloatArray:
+    """float64 `[E, G]`: how often each device's replica of an expert is used; rows sum to 1."""
+    shares: FloatArray = held / np.maximum(held.sum(1, keepdims=True), 1)
+    return shares
+
+
+def _crossing(
+    affinity: Affinity, shares: Sequence[FloatArray], placement: Sequence[BoolArray]
+) -> float:
+    """Share of pairs that leave the place, device or node, where their first expert was used."""
     total = stays = 0.0
-    for hop, first, second in zip(affinity.transitions, placement[:-1], placement[1:], strict=True):
-        shares = first / np.maximum(first.sum(1, keepdims=True), 1)
-        stays += float(((hop @ second) * shares).sum())
+    for hop, first, second in zip(affinity.transitions, shares[:-1], placement[1:], strict=True):
+        stays += float(((hop @ second) * first).sum())
         total += float(hop.sum())
     return 1.0 - stays / total if total > 0 else 0.0
 
 
-def _by_node(placement: Sequence[BoolArray], topology: Topology) -> list[BoolArray]:
-    return [
-        np.stack([held[:, devices].any(1) for devices in topology.by_node()], axis=1)
-        for held in placement
-    ]
+def _node_crossing(placement: Sequence[BoolArray], affinity: Affinity, topology: Topology) -> float:
+    # A node is used as often as its devices together, not once for each node of an expert.
+    member = topology.node_of[:, None] == np.arange(topology.node_count)
+    shares = [_shares(held) @ member for held in placement]
+    return _crossing(affinity, shares, [held @ member for held in placement])
 
 
 def _hop_cost(placement: Sequence[BoolArray], affinity: Affinity, topology: Topology) -> float:
@@ -138,8 +150,7 @@ def _hop_cost(placement: Sequence[BoolArray], affinity: Affinity, topology: Topo
             continue
         # [G, E']: from each device to the nearest holder of each next expert.
         reach = np.where(second.T[None], topology.costs[:, :, None], np.inf).min(1)
-        shares = first / np.maximum(first.sum(1, keepdims=True), 1)
-        cost += float(((shares.T @ hop) * reach).sum() / total)
+        cost += float(((_shares(first).T @ hop) * reach).sum() / total)
     return cost
 
 
@@ -161,8 +172,7 @@ def _devices_needed(placement: Sequence[BoolArray], trace: RoutingTrace) -> Floa
 
 def _expected(held: BoolArray, ids: IntArray) -> FloatArray:
     """float64 `[G]`: expected number of the tokens that need each device; ids `[N, K]`."""
-    shares = held / np.maximum(held.sum(1, keepdims=True), 1)
-    missing = np.concatenate([1.0 - shares, np.ones((1, held.shape[1]))])  # last: no expert
+    missing = np.concatenate([1.0 - _shares(held), np.ones((1, held.shape[1]))])  # last: no expert
     result: FloatArray = (1.0 - missing[ids].prod(1)).sum(0)
     return result
 

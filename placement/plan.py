@@ -48,6 +48,8 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiers", tuple(self.tiers) or (TIERS[0],) * len(self.hosts))
+        if self.layer < 0:
+            raise PlanError(f"layer {self.layer} of the plan: a layer index is 0 or more")
         if not self.hosts:
             raise PlanError(f"layer {self.layer} of the plan has no experts")
         if len(self.tiers) != len(self.hosts):
@@ -110,8 +112,12 @@ class Certificate:
     def __post_init__(self) -> None:
         if self.status not in ("optimal", "feasible"):
             raise PlanError(f"certificate: status must be optimal or feasible, not {self.status!r}")
-        if not (math.isfinite(self.value) and math.isfinite(self.bound)):
-            raise PlanError("certificate: value and bound must be finite numbers")
+        try:
+            finite = all(map(math.isfinite, (self.value, self.bound, self.seconds)))
+        except OverflowError:  # a whole number beyond every float
+            finite = False
+        if not finite:
+            raise PlanError("certificate: value, bound and seconds must be finite numbers")
 
     @property
     def gap(self) -> float:
@@ -166,6 +172,8 @@ class Plan:
             raise PlanError(
                 f"top_k names {len(self.top_k)} layers, the plan has {len(self.layers)}"
             )
+        if min(self.top_k) < 0:
+            raise PlanError(f"top_k of a plan must be 0 (unknown) or more, found {self.top_k}")
         for layer in self.layers:
             highest = max(devices[-1] for devices in layer.hosts)
             if highest >= self.devices:
@@ -333,7 +341,7 @@ class Plan:
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise PlanError(f"field 'format' is {found!r}, not {FORMAT!r}; this is no plan")
-        if data.get("version") != VERSION:
+        if type(data.get("version")) is not int or data["version"] != VERSION:
             raise PlanError(
                 f"field 'version' is {data.get('version')!r}, this release reads {VERSION}; "
                 "make the plan again"

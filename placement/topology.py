@@ -22,6 +22,7 @@ __all__ = ["Topology"]
 
 # What ExFlow's own evaluation charges for a hop (its published code, `calculate_cost`).
 _SAME_DEVICE, _SAME_NODE, _OTHER_NODE = 0.0, 1.0, 2.0
+_MOST_MEMORY = 1 << 62  # bytes: what a whole number of the numeric libraries holds
 _KEYS = ("devices", "nodes", "memory", "speed", "same_node", "other_node", "cost", "unit")
 
 
@@ -162,7 +163,7 @@ class Topology:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"{path}: cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # e.g. a 99th of May
             raise PlanError(f"{path}: not a YAML file: {error}") from error
         try:
             return cls.from_dict(data)
@@ -274,7 +275,10 @@ class Topology:
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PlanError(f"topology: {name} must be a number, found {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise PlanError(f"topology: {name} must be a finite number, found one too large") from None
 
 
 def _whole(value: Any, name: str) -> int:
@@ -285,9 +289,14 @@ def _whole(value: Any, name: str) -> int:
 
 def _memory(value: Any, name: str) -> int:
     try:
-        return parse_bytes(value)
+        size = parse_bytes(value)
     except ValueError as error:
         raise PlanError(f"topology: {name}: {error}") from None
+    except OverflowError:
+        size = _MOST_MEMORY + 1
+    if size > _MOST_MEMORY:
+        raise PlanError(f"topology: {name}: more bytes than any device has; correct the size")
+    return size
 
 
 def _each(value: Any, count: int, name: str, read: Any) -> list[Any]:
