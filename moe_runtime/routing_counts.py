@@ -6,7 +6,6 @@ Knows nothing of models or of other engines' recordings; it holds numbers and ch
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from safetensors.numpy import save_file
 
 from moe_runtime.core import ExpertGrid, FloatArray
 from moe_runtime.errors import TraceError
+from moe_runtime.files import replacing
 from moe_runtime.trace import UNUSED, PathLike, RoutingTrace
 
 __all__ = ["RoutingCounts"]
@@ -159,19 +159,13 @@ class RoutingCounts:
         Returns:
             The path written.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": FORMAT, "version": str(VERSION), "tokens": str(self.tokens)}
         for name, value in self.description().items():
             header[name] = value if isinstance(value, str) else json.dumps(value)
         header["source"] = self.source
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             save_file({"counts": np.concatenate(self.counts)}, temporary, metadata=header)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return Path(path)
 
     @classmethod
     def load(cls, path: PathLike) -> RoutingCounts:

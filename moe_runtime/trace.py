@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid
 from moe_runtime.errors import TraceError
+from moe_runtime.files import replacing
 
 __all__ = ["DECODE", "PREFILL", "UNUSED", "RoutingTrace"]
 
@@ -228,19 +229,13 @@ class RoutingTrace:
         Returns:
             The path written.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": FORMAT, "version": str(VERSION)}
         for name, value in self.description().items():
             header[name] = value if isinstance(value, str) else json.dumps(value)
         arrays = {name: np.ascontiguousarray(column) for name, column in self.columns().items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as temporary:
             save_file(arrays, temporary, metadata=header)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return Path(path)
 
     @classmethod
     def load(cls, path: PathLike) -> RoutingTrace:

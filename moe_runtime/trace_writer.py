@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from safetensors import safe_open
 
 from moe_runtime.errors import TraceError
+from moe_runtime.files import replacing
 from moe_runtime.trace import FORMAT, PART, VERSION, Array, PathLike, RoutingTrace
 
 __all__ = ["TraceWriter", "open_writer"]
@@ -143,17 +143,11 @@ class TraceWriter:
         # Wide items first, so that every tensor starts at a multiple of its item's size.
         columns = sorted(first.columns().items(), key=lambda item: -item[1].dtype.itemsize)
         header = _header(first, columns, sum(self._part_rows))
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(header)
-                for name, _ in columns:
-                    for values in self._column(name):
-                        file.write(np.ascontiguousarray(values).data)
-            os.replace(temporary, self._path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self._path) as temporary, temporary.open("wb") as file:
+            file.write(header)
+            for name, _ in columns:
+                for values in self._column(name):
+                    file.write(np.ascontiguousarray(values).data)
 
     def _column(self, name: str) -> Iterator[Array]:
         for number in range(len(self._part_rows)):

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_runtime.placement.plan import PathLike, write_text
+from moe_runtime.placement.plan import PathLike
 
 from moe_runtime.core import IntArray
 from moe_runtime.errors import CheckpointError, PlanError
+from moe_runtime.files import write_text
 
 __all__ = ["RECORD_FILE", "BakeRecord"]
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from moe_runtime.placement.plan import Plan, write_text
+from moe_runtime.placement.plan import Plan
 
 from moe_runtime.core import IntArray
 from moe_runtime.errors import PlanError
+from moe_runtime.files import write_text
 
 __all__ = [
     "Advice",

@@ -5,7 +5,6 @@ Does not know what is in a file.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from moe_runtime.placement.export_base import Advice, Exporter, Extras
@@ -16,6 +15,7 @@ from moe_runtime.placement.export_vllm_ascend import VLLM_ASCEND
 from moe_runtime.placement.plan import Plan
 
 from moe_runtime.errors import ConfigError, PlanError
+from moe_runtime.files import replacing
 
 __all__ = ["EXPORTERS", "check_export", "exporter", "write_export"]
 
@@ -50,18 +50,12 @@ def write_export(plan: Plan, to: Exporter, path: Path, extras: Extras) -> Advice
         PlanError: the plan cannot be said in this form; the message says why. Nothing is written.
     """
     _require_suffix(to, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The ending stays: engines go by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
+    with replacing(path) as temporary:  # the ending stays: engines go by it
         try:
             to.write(plan, temporary, extras)
             to.check(plan, temporary, extras)
         except PlanError as error:
             raise PlanError(f"no file for {to.engine}: {error}") from error
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return to.advise(plan, path)
 
 

@@ -24,9 +24,10 @@ from moe_runtime.placement.export_base import (
     tier_note,
     whole_rows,
 )
-from moe_runtime.placement.plan import Plan, write_text
+from moe_runtime.placement.plan import Plan
 
 from moe_runtime.errors import PlanError
+from moe_runtime.files import write_text
 
 __all__ = ["VERSION", "VLLM_ASCEND", "read_vllm_ascend", "validate_vllm_ascend"]
 

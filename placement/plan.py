@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from moe_runtime.core import IntArray
 from moe_runtime.errors import PlanError
+from moe_runtime.files import write_text
 
-__all__ = ["TIERS", "Certificate", "LayerPlan", "Plan", "write_text"]
+__all__ = ["TIERS", "Certificate", "LayerPlan", "Plan"]
 
 FORMAT, VERSION = "moe-runtime.plan", 1
 TIERS = ("device", "host", "disk")
@@ -394,16 +395,3 @@ def _certificate(data: Any) -> Certificate:
         "seed": (int,),
     }
     return Certificate(**{name: _field(data, name, kind) for name, kind in kinds.items()})
-
-
-def write_text(path: PathLike, text: str) -> Path:
-    """Write a text file under a temporary name and rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

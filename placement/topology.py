@@ -5,7 +5,6 @@ Knows neither models nor plans. Read from a small YAML file or made from a few n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ import yaml
 
 from moe_runtime.core import FloatArray, IntArray, parse_bytes
 from moe_runtime.errors import PlanError
+from moe_runtime.files import write_text
 
 __all__ = ["Topology"]
 
@@ -172,16 +172,8 @@ class Topology:
 
     def save(self, path: Path | str) -> Path:
         """Write a YAML file that `load` reads, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+        return write_text(path, text)
 
     @classmethod
     def measured(

@@ -12,7 +12,8 @@ from typing import Any
 
 from moe_runtime.core import FloatArray
 from moe_runtime.errors import ConfigError, PlanError
-from moe_runtime.placement.plan import Plan, write_text
+from moe_runtime.files import write_text
+from moe_runtime.placement.plan import Plan
 from moe_runtime.report import plan_facts as facts
 from moe_runtime.report.summary import size
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moe_runtime.files import write_text
 from moe_runtime.report.run import Counters, Run, RunError, read_run
 from moe_runtime.report.summary import Summary, outcome, summarise
 from moe_runtime.report.text import render_text
@@ -86,13 +86,7 @@ class Report:
             text = self._json()
         else:
             raise RunError(f"{target}: a report is saved as .html or .json; choose such a name")
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-        return target
+        return write_text(target, text)
 
     def _json(self) -> str:
         try:
