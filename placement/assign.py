@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from moe_runtime.placement.problem import LayerLimits
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.sparse import csr_array, vstack
 
@@ -166,9 +167,9 @@ def improve_by_swaps(
         fits = load[device][None, :] + gives <= cap[device][None, :] + _EPSILON
         allowed = fits & fits.T & (device[:, None] != device[None, :]) & ~same_owner
         if slots.has_replicas:
-            held = np.zeros((slots.owner[-1] + 1, len(cap)), dtype=bool)
-            held[slots.owner, device] = True
-            clash = held[slots.owner][:, device]  # e's expert is on f's device already
+            clash = _held(slots, device)[slots.owner][
+                :, device
+            ]  # e's expert is on f's device already
             allowed &= ~clash & ~clash.T
         gain = np.where(allowed, gain, -np.inf)
         e, f = np.unravel_index(int(gain.argmax()), gain.shape)
@@ -186,32 +187,75 @@ def improve_by_swaps(
 
 
 def relieve(slots: LayerSlots, device: IntArray, *, limit: int = 400) -> IntArray:
-    """Swap slots away from overloaded devices until all caps hold, as far as that goes."""
+    """Move and swap slots away from overloaded devices until all caps hold, as far as that goes."""
     device = device.copy()
     load, cap = slots.loads(device), slots.limits.load
+    count = np.bincount(device, minlength=len(cap))
     for _ in range(limit):
         over = int((load - cap).argmax())
-        if load[over] - cap[over] <= _EPSILON:
+        excess = float(load[over] - cap[over])
+        if excess <= _EPSILON:
             break
-        mine = np.flatnonzero(device == over)[:, None]
-        other = np.flatnonzero(device != over)[None, :]
-        moved = slots.load[mine] - slots.load[other]
-        after = np.maximum(
-            load[over] - moved - cap[over], load[device[other]] + moved - cap[device[other]]
-        )
-        if slots.has_replicas:
-            held = np.zeros((slots.owner[-1] + 1, len(cap)), dtype=bool)
-            held[slots.owner, device] = True
-            clash = held[slots.owner[mine], device[other]] | held[slots.owner[other], over]
-            after = np.where(clash, np.inf, after)
-        i, j = np.unravel_index(int(after.argmin()), after.shape)
-        if after[i, j] >= load[over] - cap[over] - _EPSILON:
+        left, e, f = _best_swap(slots, device, load, over)
+        left_by_move, mover, target = _best_move(slots, device, load, count, over)
+        if min(left, left_by_move) >= excess - _EPSILON:
             break
-        e, f = int(mine[i, 0]), int(other[0, j])
-        load[over] -= moved[i, j]
-        load[device[f]] += moved[i, j]
-        device[e], device[f] = device[f], device[e]
+        changes = [(mover, target)] if left_by_move < left else [(e, int(device[f])), (f, over)]
+        for slot, to in changes:
+            load[device[slot]] -= slots.load[slot]
+            count[device[slot]] -= 1
+            load[to] += slots.load[slot]
+            count[to] += 1
+            device[slot] = to
     return device
+
+
+def _best_swap(
+    slots: LayerSlots, device: IntArray, load: FloatArray, over: int
+) -> tuple[float, int, int]:
+    """(worst excess of the two devices afterwards, slot on `over`, slot elsewhere)."""
+    cap = slots.limits.load
+    mine = np.flatnonzero(device == over)[:, None]
+    other = np.flatnonzero(device != over)[None, :]
+    if not other.size:
+        return np.inf, -1, -1
+    moved = slots.load[mine] - slots.load[other]
+    after = np.maximum(
+        load[over] - moved - cap[over], load[device[other]] + moved - cap[device[other]]
+    )
+    if slots.has_replicas:
+        held = _held(slots, device)
+        clash = held[slots.owner[mine], device[other]] | held[slots.owner[other], over]
+        after = np.where(clash, np.inf, after)
+    i, j = np.unravel_index(int(after.argmin()), after.shape)
+    return float(after[i, j]), int(mine[i, 0]), int(other[0, j])
+
+
+def _best_move(
+    slots: LayerSlots, device: IntArray, load: FloatArray, count: IntArray, over: int
+) -> tuple[float, int, int]:
+    """(worst excess of the two devices afterwards, slot on `over`, device with room for it)."""
+    limits = slots.limits
+    mine = np.flatnonzero(device == over)
+    places = np.flatnonzero(count < limits.most)
+    places = places[places != over]
+    if not len(places) or count[over] <= limits.least[over]:
+        return np.inf, -1, -1
+    moved = slots.load[mine][:, None]
+    after = np.maximum(
+        load[over] - moved - limits.load[over], load[places] + moved - limits.load[places]
+    )
+    if slots.has_replicas:
+        after = np.where(_held(slots, device)[slots.owner[mine]][:, places], np.inf, after)
+    i, j = np.unravel_index(int(after.argmin()), after.shape)
+    return float(after[i, j]), int(mine[i]), int(places[j])
+
+
+def _held(slots: LayerSlots, device: IntArray) -> NDArray[np.bool_]:
+    """Bool `[E, G]`: whether the device holds the expert."""
+    held = np.zeros((int(slots.owner[-1]) + 1, len(slots.limits.most)), dtype=np.bool_)
+    held[slots.owner, device] = True
+    return held
 
 
 def balanced_start(slots: LayerSlots, rng: np.random.Generator, noise: float = 0.3) -> IntArray:

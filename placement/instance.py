@@ -79,15 +79,13 @@ class Instance:
             for slots in self.slots
         )
 
-    def spread(self, layer: int, device: IntArray) -> FloatArray:
-        """float64 `[S, G]`: what being near each slot's device gives on each device."""
-        return self.near[device]
-
     def values(self, assignment: Assignment, layer: int) -> FloatArray:
         """float64 `[S, G]`: what each slot of a layer is worth on each device, the rest fixed."""
         values = np.zeros((len(self.slots[layer].owner), self.devices))
         for other, matrix in self.neighbours[layer]:
-            values += matrix @ self.spread(other, assignment[other])
+            # Costs of hops may differ by direction: tokens go from the earlier layer to the later.
+            near = self.near.T if other > layer else self.near
+            values += matrix @ near[assignment[other]]
         if self.together:
             values += self.together[layer] @ np.eye(self.devices)[assignment[layer]]
         return values

@@ -152,7 +152,8 @@ def _beside_fixed(
         if other in number:
             weights = weights.copy()
             weights[:, free[number[other]]] = 0.0
-        values += weights @ instance.near[assignment[other]][:, devices]
+        near = instance.near.T if other > layer else instance.near
+        values += weights @ near[assignment[other]][:, devices]
     if instance.together:
         weights = instance.together[layer][mine].copy()
         weights[:, mine] = 0.0
