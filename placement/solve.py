@@ -122,7 +122,8 @@ def make_plan(
     metrics = _metrics(problem, solved.placement, train, raw, held_out, options.seed)
     metrics["smoothing"] = {"level": level.name, "held_out_costs": tried}
     if isinstance(train, RoutingTrace) and len(train.layer_ids) > 1:
-        metrics["support"] = asdict(support_of(train, seed=options.seed))
+        support = support_of(train, seed=options.seed)
+        metrics["support"] = asdict(support) | {"interval": list(support.interval)}
     plan = plan_of(problem, solved.placement, train)
     return replace(
         plan,
