@@ -176,7 +176,7 @@ def split_runs(folder: Path) -> dict[str, Any]:
 def plans_for(train: RoutingTrace, test: RoutingTrace) -> dict[str, Any]:
     rows = {}
     for devices in (2, 4, 8):
-        options = SolveOptions(time_limit=30.0)
+        options = SolveOptions(time_limit=15.0)
         cap: float | None = 1.1
         try:
             plan = make_plan(problem_of(train, devices, cap), train, held_out=test, options=options)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from moe_runtime.placement.instance import Instance
+from scipy.linalg import svd as scipy_svd
 
 from moe_runtime.core import FloatArray
 
@@ -204,15 +205,27 @@ def _spectral(
     """Bound and the relaxed Y that attains it, `[S, S']`."""
     scale = float(np.sqrt(first * second))
     if not equal:
-        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+        left, values, right = _svd(matrix)
         top = min(groups, len(values))
         return scale * float(values[:top].sum()), scale * left[:, :top] @ right[:top]
     centred = matrix - matrix.mean(0, keepdims=True)
     centred = centred - centred.mean(1, keepdims=True)
-    left, values, right = np.linalg.svd(centred, full_matrices=False)
+    left, values, right = _svd(centred)
     top = min(groups - 1, len(values))
     bound = float(matrix.sum()) / groups + scale * float(values[:top].sum())
     return bound, 1.0 / groups + scale * left[:, :top] @ right[:top]
+
+
+def _svd(matrix: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Thin singular value decomposition.
+
+    LAPACK's quick method gives up now and then (seen on a real trace); its slow one then serves.
+    """
+    try:
+        left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    except np.linalg.LinAlgError:
+        left, values, right = scipy_svd(matrix, full_matrices=False, lapack_driver="gesvd")
+    return left, values, right
 
 
 def _transport(

@@ -102,3 +102,16 @@ def test_progress_tells_bounds_that_never_fall() -> None:
     bound = lower_bound(instance, progress=told.append)
     assert told == sorted(told)
     assert told[-1] == bound.cost
+
+
+def test_a_decomposition_that_gives_up_is_made_the_slow_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrix = np.random.default_rng(0).random((8, 6))
+    usual = pair_bound(matrix, 4, 3, True, 2)
+
+    def gives_up(*args: object, **options: object) -> None:
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", gives_up)
+    assert pair_bound(matrix, 4, 3, True, 2) == pytest.approx(usual)
