@@ -146,7 +146,7 @@ def _refuse_unknown(
         if moves(permutation)
     }
     for stored in names:
-        if stored.target in model_keys or stored.converter is not None:
+        if stored.target in model_keys:
             continue
         for block, layer in blocks.items():
             if stored.entry.name.startswith(block) and _may_depend(stored.entry, layer):
