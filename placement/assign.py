@@ -39,7 +39,7 @@ class LayerSlots:
     @property
     def has_replicas(self) -> bool:
         """Whether some expert has more than one slot."""
-        return bool(self.owner[-1] + 1 < len(self.owner))
+        return len(self.owner) > 0 and bool(self.owner[-1] + 1 < len(self.owner))
 
     def collides(self, device: IntArray) -> bool:
         """Whether two replicas of one expert are on one device."""
@@ -264,6 +264,8 @@ def balanced_start(slots: LayerSlots, rng: np.random.Generator, noise: float = 0
     Heaviest first onto the least loaded device with room, loads blurred by `noise`, then swaps
     until the caps hold.
     """
+    if not len(slots.owner):  # a node that holds nothing of the layer
+        return np.zeros(0, dtype=np.int64)
     most, least, cap = slots.limits.most, slots.limits.least, slots.limits.load
     devices = len(most)
     share = np.where(np.isfinite(cap), cap, 1.0)

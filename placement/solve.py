@@ -24,7 +24,7 @@ from moe_runtime.placement.plan import BoolArray, Certificate, LayerPlan, Plan
 from moe_runtime.placement.problem import Objective, Problem
 from moe_runtime.placement.replicas import imbalance
 from moe_runtime.placement.smoothing import LEVELS, Smoothing, choose_smoothing, level_called
-from moe_runtime.placement.sweep import sweep
+from moe_runtime.placement.sweep import keeping_caps, sweep
 from moe_runtime.placement.two_stage import solve_in_stages
 from moe_runtime.placement.windows import polish
 
@@ -188,6 +188,8 @@ def _smoothing(
         return LEVELS["none"], {}
     if problem.objective.is_load or options.method in ("exact", "highs", "cbc"):
         return LEVELS["none"], {}  # programs prove something about the counts as they are
+    if min(problem.experts) < problem.devices:
+        return LEVELS["none"], {}  # only replicas fill the devices, and the trial has none
     even = all(count % problem.devices == 0 for count in problem.experts)
     free = replace(
         problem,
@@ -331,6 +333,8 @@ def _search(
     method = "sweeps with exact layers"
     if options.stages == 2 and problem.topology.node_count > 1:
         assignment = solve_in_stages(instance, problem.topology, solve)
+        # Inside a node there may be no way to keep a cap that the whole can keep.
+        assignment = keeping_caps(instance, assignment, witness)
         method += ", nodes then devices"
     else:
         assignment = solve(instance, witness)

@@ -101,6 +101,37 @@ def test_two_stages_cross_few_nodes() -> None:
     assert "nodes then devices" in two.certificate.method
 
 
+def two_nodes_trace(seed: int) -> RoutingTrace:
+    return planted_trace(
+        4, 16, 4, tokens=1500, stay=0.5, nodes=2, stay_in_node=0.7, heavy=1.0, seed=seed
+    )[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("cap", [1.02, 1.04])
+def test_two_stages_keep_the_load_cap(seed: int, cap: float) -> None:
+    trace = two_nodes_trace(seed)
+    problem = problem_of(trace, topology=Topology.of(4, 2), load_cap=cap)
+    options = SolveOptions(**QUICK, method="sweep", stages=2)
+    plan = make_plan(problem, trace, options=options)
+    assert plan.metrics["train"]["load_worst"] <= cap + 1e-6
+
+
+def test_a_node_may_hold_nothing_of_a_layer() -> None:
+    trace = two_nodes_trace(0)
+    problem = problem_of(trace, topology=Topology.of(4, 2), counts="capped", slack=2.0)
+    options = SolveOptions(**QUICK, method="sweep", stages=2)
+    plan = make_plan(problem, trace, options=options)
+    assert sum(layer.slots for layer in plan.layers) == 4 * 16
+
+
+def test_fewer_experts_than_devices_are_planned_with_replicas() -> None:
+    trace, _ = planted_trace(3, 4, 2, tokens=200)
+    problem = problem_of(trace, 8, redundant=4)
+    plan = make_plan(problem, trace, options=SolveOptions(**(QUICK | {"smoothing": "auto"})))
+    assert all(layer.slots == 8 for layer in plan.layers)
+
+
 @pytest.mark.parametrize("redundant", [4, 8])
 def test_replicas_are_as_even_as_eplbs_and_keep_affinity(redundant: int) -> None:
     trace, _ = planted_trace(4, 16, 4, tokens=1500, stay=0.9, heavy=0.8, seed=3)
