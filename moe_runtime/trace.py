@@ -119,6 +119,13 @@ class RoutingTrace:
         """
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _COLUMNS}
 
+    def header(self) -> dict[str, str]:
+        """The metadata of a trace file, `docs/formats.md`: format, version and the description."""
+        header = {"format": FORMAT, "version": str(VERSION)}
+        for name, value in self.description().items():
+            header[name] = value if isinstance(value, str) else json.dumps(value)
+        return header
+
     # -- parts of it -----------------------------------------------------------------------------
 
     def select(
@@ -229,9 +236,7 @@ class RoutingTrace:
         Returns:
             The path written.
         """
-        header = {"format": FORMAT, "version": str(VERSION)}
-        for name, value in self.description().items():
-            header[name] = value if isinstance(value, str) else json.dumps(value)
+        header = self.header()
         arrays = {name: np.ascontiguousarray(column) for name, column in self.columns().items()}
         with replacing(path) as temporary:
             save_file(arrays, temporary, metadata=header)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from moe_runtime.errors import TraceError
 from moe_runtime.files import replacing
-from moe_runtime.trace import FORMAT, PART, VERSION, Array, PathLike, RoutingTrace
+from moe_runtime.trace import PART, Array, PathLike, RoutingTrace
 
 __all__ = ["TraceWriter", "open_writer"]
 
@@ -183,10 +183,7 @@ def open_writer(path: PathLike) -> TraceWriter:
 
 def _header(first: RoutingTrace, columns: Sequence[tuple[str, Array]], rows: int) -> bytes:
     """The beginning of a trace file: the header's length and the header, padded to 8 bytes."""
-    described: dict[str, Any] = {"format": FORMAT, "version": str(VERSION)}
-    for name, value in first.description().items():
-        described[name] = value if isinstance(value, str) else json.dumps(value)
-    header: dict[str, Any] = {"__metadata__": described}
+    header: dict[str, Any] = {"__metadata__": first.header()}
     start = 0
     for name, column in columns:
         shape = (rows, *column.shape[1:])

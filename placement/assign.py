@@ -16,10 +16,18 @@ from scipy.sparse import csr_array, vstack
 
 from moe_runtime.core import FloatArray, IntArray
 
-__all__ = ["LayerSlots", "assign", "balanced_start", "improve_by_swaps", "overload", "relieve"]
+__all__ = [
+    "EPSILON",
+    "LayerSlots",
+    "assign",
+    "balanced_start",
+    "improve_by_swaps",
+    "overload",
+    "relieve",
+]
 
 _PRICE_STEPS = 12
-_EPSILON = 1e-9
+EPSILON = 1e-9  # what a load may exceed its cap by; what a swap has to gain
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +54,12 @@ class LayerSlots:
         keys = self.owner * len(self.limits.most) + device
         return self.has_replicas and len(np.unique(keys)) < len(keys)
 
+    def held(self, device: IntArray) -> NDArray[np.bool_]:
+        """Bool `[E, G]`: whether the device holds the expert."""
+        held = np.zeros((int(self.owner[-1]) + 1, len(self.limits.most)), dtype=np.bool_)
+        held[self.owner, device] = True
+        return held
+
     def loads(self, device: IntArray) -> FloatArray:
         """float64 `[G]`, the load of each device."""
         loads: FloatArray = np.zeros(len(self.limits.most))
@@ -69,10 +83,10 @@ def assign(values: FloatArray, slots: LayerSlots, device: IntArray) -> IntArray:
         int64 `[S]`, device of each slot.
     """
     free = _without_cap(values, slots)
-    if overload(slots, free) <= _EPSILON:
+    if overload(slots, free) <= EPSILON:
         return free
     best, best_value = device, _worth(values, device)
-    if overload(slots, device) > _EPSILON:
+    if overload(slots, device) > EPSILON:
         best_value = -np.inf
     prices = np.zeros(values.shape[1])
     spread = float((values.max(1) - values.min(1)).mean())
@@ -83,11 +97,11 @@ def assign(values: FloatArray, slots: LayerSlots, device: IntArray) -> IntArray:
         prices = np.maximum(0.0, prices + rate * excess)
         rate *= 0.8
         chosen = _without_cap(values - slots.load[:, None] * prices, slots)
-        if overload(slots, chosen) <= _EPSILON and _worth(values, chosen) > best_value:
+        if overload(slots, chosen) <= EPSILON and _worth(values, chosen) > best_value:
             best, best_value = chosen, _worth(values, chosen)
     best = improve_by_swaps(values, slots, best)
     repaired = improve_by_swaps(values, slots, relieve(slots, chosen))
-    if overload(slots, repaired) <= _EPSILON and _worth(values, repaired) > _worth(values, best):
+    if overload(slots, repaired) <= EPSILON and _worth(values, repaired) > _worth(values, best):
         best = repaired
     return best
 
@@ -164,16 +178,16 @@ def improve_by_swaps(
         gain = there + there.T - own[:, None] - own[None, :]
         if together is not None:
             gain -= 2 * together
-        fits = load[device][None, :] + gives <= cap[device][None, :] + _EPSILON
+        fits = load[device][None, :] + gives <= cap[device][None, :] + EPSILON
         allowed = fits & fits.T & (device[:, None] != device[None, :]) & ~same_owner
         if slots.has_replicas:
-            clash = _held(slots, device)[slots.owner][
+            clash = slots.held(device)[slots.owner][
                 :, device
             ]  # e's expert is on f's device already
             allowed &= ~clash & ~clash.T
         gain = np.where(allowed, gain, -np.inf)
         e, f = np.unravel_index(int(gain.argmax()), gain.shape)
-        if gain[e, f] <= _EPSILON:
+        if gain[e, f] <= EPSILON:
             break
         a, b = device[e], device[f]
         load[a] += slots.load[f] - slots.load[e]
@@ -194,11 +208,11 @@ def relieve(slots: LayerSlots, device: IntArray, *, limit: int = 400) -> IntArra
     for _ in range(limit):
         over = int((load - cap).argmax())
         excess = float(load[over] - cap[over])
-        if excess <= _EPSILON:
+        if excess <= EPSILON:
             break
         left, e, f = _best_swap(slots, device, load, over)
         left_by_move, mover, target = _best_move(slots, device, load, count, over)
-        if min(left, left_by_move) >= excess - _EPSILON:
+        if min(left, left_by_move) >= excess - EPSILON:
             break
         changes = [(mover, target)] if left_by_move < left else [(e, int(device[f])), (f, over)]
         for slot, to in changes:
@@ -224,7 +238,7 @@ def _best_swap(
         load[over] - moved - cap[over], load[device[other]] + moved - cap[device[other]]
     )
     if slots.has_replicas:
-        held = _held(slots, device)
+        held = slots.held(device)
         clash = held[slots.owner[mine], device[other]] | held[slots.owner[other], over]
         after = np.where(clash, np.inf, after)
     i, j = np.unravel_index(int(after.argmin()), after.shape)
@@ -246,16 +260,9 @@ def _best_move(
         load[over] - moved - limits.load[over], load[places] + moved - limits.load[places]
     )
     if slots.has_replicas:
-        after = np.where(_held(slots, device)[slots.owner[mine]][:, places], np.inf, after)
+        after = np.where(slots.held(device)[slots.owner[mine]][:, places], np.inf, after)
     i, j = np.unravel_index(int(after.argmin()), after.shape)
     return float(after[i, j]), int(mine[i]), int(places[j])
-
-
-def _held(slots: LayerSlots, device: IntArray) -> NDArray[np.bool_]:
-    """Bool `[E, G]`: whether the device holds the expert."""
-    held = np.zeros((int(slots.owner[-1]) + 1, len(slots.limits.most)), dtype=np.bool_)
-    held[slots.owner, device] = True
-    return held
 
 
 def balanced_start(slots: LayerSlots, rng: np.random.Generator, noise: float = 0.3) -> IntArray:

@@ -11,7 +11,7 @@ from moe_runtime.placement.assign import LayerSlots, balanced_start, overload
 from moe_runtime.placement.eplb import eplb
 from moe_runtime.placement.plan import BoolArray
 from moe_runtime.placement.problem import Problem
-from moe_runtime.placement.replicas import balance
+from moe_runtime.placement.replicas import balance, replica_counts
 
 __all__ = ["balanced", "baselines", "contiguous", "random_placement"]
 
@@ -45,8 +45,6 @@ def balanced(problem: Problem, affinity: Affinity, seed: int = 0) -> list[BoolAr
 
 def _balanced_capped(problem: Problem, position: int, load: np.ndarray, seed: int) -> BoolArray:
     """Counts between bounds: the best of some random starts."""
-    from moe_runtime.placement.replicas import replica_counts
-
     copies = replica_counts(load, len(load) + problem.redundant, problem.devices)
     owner = np.repeat(np.arange(len(load)), copies)
     slots = LayerSlots(
@@ -55,13 +53,20 @@ def _balanced_capped(problem: Problem, position: int, load: np.ndarray, seed: in
     rng = np.random.default_rng(seed)
     found = [balanced_start(slots, rng, noise) for noise in (0.0, 0.1, 0.2, 0.3)]
     device = min(found, key=lambda one: overload(slots, one))
-    held = np.zeros((len(load), problem.devices), dtype=np.bool_)
-    held[owner, device] = True
-    return held
+    return slots.held(device)
 
 
-def baselines(problem: Problem, affinity: Affinity, seed: int = 0) -> dict[str, list[BoolArray]]:
+def baselines(
+    problem: Problem,
+    affinity: Affinity,
+    seed: int = 0,
+    *,
+    even: list[BoolArray] | None = None,
+) -> dict[str, list[BoolArray]]:
     """All of them by name.
+
+    Args:
+        even: what `balanced` gives, if it is at hand: the search takes seconds on large problems.
 
     EPLB's is left out where counts need not be equal, or where it puts an expert twice on one
     device, which a placement cannot hold.
@@ -70,7 +75,7 @@ def baselines(problem: Problem, affinity: Affinity, seed: int = 0) -> dict[str, 
     found = {
         "contiguous": contiguous(experts, devices),
         "random": random_placement(experts, devices, seed),
-        "load-balanced": balanced(problem, affinity, seed),
+        "load-balanced": balanced(problem, affinity, seed) if even is None else even,
     }
     rival = _eplb(problem, affinity)
     if rival is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from moe_runtime.placement.affinity import Affinity, affinity_of
 from moe_runtime.placement.plan import BoolArray
+from moe_runtime.placement.replicas import imbalance
 from moe_runtime.placement.topology import Topology
 
 from moe_runtime.core import FloatArray, IntArray
@@ -19,7 +20,7 @@ from moe_runtime.errors import PlanError
 from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.trace import UNUSED, RoutingTrace
 
-__all__ = ["Metrics", "crossing_of", "load_of", "measure"]
+__all__ = ["Metrics", "crossing_of", "load_of", "measure", "replica_shares"]
 
 _CHUNK_CELLS = 1 << 24
 
@@ -106,18 +107,15 @@ def measure(
 
 def load_of(held: BoolArray, uses: FloatArray, topology: Topology) -> float:
     """Highest load of a device over its share of the layer's load; 1 if there is no load."""
-    shares = topology.load_shares
-    replicas = held.sum(1)
-    loads = (uses / np.maximum(replicas, 1)) @ held
-    return float((loads / (uses.sum() * shares)).max()) if uses.sum() > 0 else 1.0
+    return imbalance(uses, held, topology.load_shares)
 
 
 def crossing_of(placement: Sequence[BoolArray], affinity: Affinity) -> float:
     """Share of consecutive-layer pairs on different devices; 0 if there are no pairs."""
-    return _crossing(affinity, [_shares(held) for held in placement], placement)
+    return _crossing(affinity, [replica_shares(held) for held in placement], placement)
 
 
-def _shares(held: BoolArray) -> FloatArray:
+def replica_shares(held: BoolArray) -> FloatArray:
     """float64 `[E, G]`: how often each device's replica of an expert is used; rows sum to 1."""
     shares: FloatArray = held / np.maximum(held.sum(1, keepdims=True), 1)
     return shares
@@ -137,7 +135,7 @@ def _crossing(
 def _node_crossing(placement: Sequence[BoolArray], affinity: Affinity, topology: Topology) -> float:
     # A node is used as often as its devices together, not once for each node of an expert.
     member = topology.node_of[:, None] == np.arange(topology.node_count)
-    shares = [_shares(held) @ member for held in placement]
+    shares = [replica_shares(held) @ member for held in placement]
     return _crossing(affinity, shares, [held @ member for held in placement])
 
 
@@ -150,7 +148,7 @@ def _hop_cost(placement: Sequence[BoolArray], affinity: Affinity, topology: Topo
             continue
         # [G, E']: from each device to the nearest holder of each next expert.
         reach = np.where(second.T[None], topology.costs[:, :, None], np.inf).min(1)
-        cost += float(((_shares(first).T @ hop) * reach).sum() / total)
+        cost += float(((replica_shares(first).T @ hop) * reach).sum() / total)
     return cost
 
 
@@ -172,7 +170,9 @@ def _devices_needed(placement: Sequence[BoolArray], trace: RoutingTrace) -> Floa
 
 def _expected(held: BoolArray, ids: IntArray) -> FloatArray:
     """float64 `[G]`: expected number of the tokens that need each device; ids `[N, K]`."""
-    missing = np.concatenate([1.0 - _shares(held), np.ones((1, held.shape[1]))])  # last: no expert
+    missing = np.concatenate(
+        [1.0 - replica_shares(held), np.ones((1, held.shape[1]))]
+    )  # last: no expert
     result: FloatArray = (1.0 - missing[ids].prod(1)).sum(0)
     return result
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
-from moe_runtime.placement.assign import LayerSlots
+from moe_runtime.placement.assign import EPSILON, LayerSlots
 from moe_runtime.placement.instance import Assignment, Instance
 from numpy.typing import NDArray
 
@@ -20,7 +20,6 @@ from moe_runtime.errors import PlanError
 __all__ = ["is_chain", "layer_states", "solve_exactly"]
 
 States = NDArray[np.int8]
-_EPSILON = 1e-9  # as in `assign`: what a load may exceed its cap by
 _SCORES = 1 << 21  # scores computed at once (16 MB)
 _CELLS = 1 << 23  # float64 made at once elsewhere (64 MB)
 _MOST_DEVICES = 127  # int8
@@ -95,7 +94,7 @@ def layer_states(slots: LayerSlots, most_states: int, *, renamable: bool = False
     """
     limits = slots.limits
     devices, capped = len(limits.most), bool(np.isfinite(limits.load).any())
-    cap = limits.load + _EPSILON
+    cap = limits.load + EPSILON
     rows = np.zeros((1, 0), dtype=np.int8)
     counts = np.zeros((1, devices), dtype=np.int16)
     loads = np.zeros((1, devices))

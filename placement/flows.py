@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from moe_runtime.placement.affinity import Affinity
+from moe_runtime.placement.cost import replica_shares
 from moe_runtime.placement.plan import BoolArray
 
 from moe_runtime.core import FloatArray
@@ -28,9 +29,9 @@ def device_flows(placement: Sequence[BoolArray], affinity: Affinity) -> list[Flo
     flows = []
     for at, hop in enumerate(affinity.hops[0] if affinity.hops else ()):
         first, second = placement[at], placement[at + 1]
-        shares = first / np.maximum(first.sum(1, keepdims=True), 1)
+        shares = replica_shares(first)
         stays = second.astype(np.float64)
-        spread = second / np.maximum(second.sum(1, keepdims=True), 1)
+        spread = replica_shares(second)
         leaving = shares.T @ hop  # [G, E']: pairs that set out from each device
         flow = (leaving * (1.0 - stays).T) @ spread
         # Where the device holds the next expert too, the pair stays.
@@ -45,7 +46,7 @@ def device_loads(placement: Sequence[BoolArray], affinity: Affinity) -> FloatArr
     rows = []
     for held, uses in zip(placement, affinity.load, strict=True):
         total = uses.sum()
-        loads = (uses / np.maximum(held.sum(1), 1)) @ held
+        loads = uses @ replica_shares(held)
         rows.append(loads / total if total > 0 else loads)
     return np.asarray(rows)
 

@@ -155,15 +155,13 @@ class Program:
     def _pairs(self) -> float:
         """Costs of all pairs; returns their worth if all stay."""
         instance = self._instance
-        near = instance.near
-        off = near[~np.eye(instance.devices, dtype=bool)]
-        alike = off.size == 0 or bool((off == off[0]).all())
+        elsewhere = instance.elsewhere
         kept = 0.0
         for a, b, matrix in instance.pairs:
             kept += float(matrix.sum())
             for i, j in np.argwhere(matrix > 0).tolist():
-                if alike:
-                    lost = float(matrix[i, j] * (1.0 - (off[0] if off.size else 0.0)))
+                if elsewhere is not None:
+                    lost = float(matrix[i, j] * (1.0 - elsewhere))
                     self._crosses((a, i), (b, j), lost)
                 else:
                     self._placed((a, i), (b, j), float(matrix[i, j]))

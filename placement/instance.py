@@ -66,15 +66,15 @@ class Instance:
         return found
 
     @cached_property
-    def keeps_only_same(self) -> bool:
-        """Whether different devices keep nothing of a pair's worth."""
-        return bool(np.array_equal(self.near, np.eye(self.devices)))
+    def elsewhere(self) -> float | None:
+        """What two different devices keep of a pair's worth; None if that differs by devices."""
+        off = self.near[~np.eye(self.devices, dtype=bool)]
+        kept = float(off[0]) if off.size else 0.0
+        return kept if bool((off == kept).all()) else None
 
     def renamable(self) -> bool:
         """Whether the devices can be renamed in some layers and nothing but pairs notices."""
-        off = self.near[~np.eye(self.devices, dtype=bool)]
-        alike = off.size == 0 or bool((off == off[0]).all())
-        return alike and all(
+        return self.elsewhere is not None and all(
             len(set(slots.limits.most.tolist())) == 1 and len(set(slots.limits.load.tolist())) == 1
             for slots in self.slots
         )
@@ -105,12 +105,7 @@ class Instance:
 
     def placement(self, assignment: Sequence[IntArray]) -> list[BoolArray]:
         """For each layer bool `[E, G]`."""
-        placement = []
-        for slots, device in zip(self.slots, assignment, strict=True):
-            held = np.zeros((int(slots.owner[-1]) + 1, self.devices), dtype=np.bool_)
-            held[slots.owner, device] = True
-            placement.append(held)
-        return placement
+        return [slots.held(device) for slots, device in zip(self.slots, assignment, strict=True)]
 
     def assignment(self, placement: Sequence[BoolArray]) -> Assignment:
         """The other way round; the placement must have this instance's replicas."""

@@ -17,11 +17,13 @@ from moe_runtime.placement.bounds import Bound, lower_bound
 from moe_runtime.placement.cost import crossing_of, load_of, measure
 from moe_runtime.placement.eplb import eplb
 from moe_runtime.placement.exact import solve_exactly
+from moe_runtime.placement.flows import flow_summary
 from moe_runtime.placement.ilp import solve_in_stages as solve_program_in_stages
 from moe_runtime.placement.ilp import solve_program
 from moe_runtime.placement.instance import Assignment, Instance, make_instance
 from moe_runtime.placement.plan import BoolArray, Certificate, LayerPlan, Plan
 from moe_runtime.placement.problem import Objective, Problem
+from moe_runtime.placement.recordings import Recording
 from moe_runtime.placement.replicas import imbalance
 from moe_runtime.placement.smoothing import LEVELS, Smoothing, choose_smoothing, level_called
 from moe_runtime.placement.sweep import keeping_caps, sweep
@@ -29,12 +31,10 @@ from moe_runtime.placement.two_stage import solve_in_stages
 from moe_runtime.placement.windows import polish
 
 from moe_runtime.errors import PlanError
-from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.trace import RoutingTrace
 
-__all__ = ["METHODS", "Recording", "SolveOptions", "make_plan", "plan_of", "split_holdout"]
+__all__ = ["METHODS", "SolveOptions", "make_plan", "plan_of", "split_holdout"]
 
-Recording: TypeAlias = RoutingTrace | RoutingCounts
 Progress: TypeAlias = Callable[[str, float | None, float | None], None]
 
 METHODS = ("auto", "sweep", "exact", "highs", "cbc")
@@ -103,7 +103,7 @@ def make_plan(
 
     Returns:
         The plan with its certificate and metrics: `train` and `held_out` for the plan and for each
-        baseline, the shuffled control, and the support of the counts.
+        baseline, what goes from device to device, the smoothing, and the support of the counts.
 
     Raises:
         PlanError: caps that cannot be kept, no affinity where it is needed, other layers.
@@ -119,7 +119,7 @@ def make_plan(
     caps = _caps(problem, raw, witness)
     solved = _solve(problem, train, raw, level, options, witness, caps, say, began)
     say("measure", None, None)
-    metrics = _metrics(problem, solved.placement, train, raw, held_out, options.seed)
+    metrics = _metrics(problem, solved.placement, witness, train, raw, held_out, options.seed)
     metrics["smoothing"] = {"level": level.name, "held_out_costs": tried}
     if isinstance(train, RoutingTrace) and len(train.layer_ids) > 1:
         support = support_of(train, seed=options.seed)
@@ -408,22 +408,25 @@ def _balanced_only(
 def _metrics(
     problem: Problem,
     placement: list[BoolArray],
+    witness: list[BoolArray],
     train: Recording,
     raw: Affinity,
     held_out: Recording | None,
     seed: int,
 ) -> dict[str, Any]:
     """Everything that was measured, the plan beside the baselines, train beside held-out."""
-    rivals = {"plan": placement, **baselines(problem, raw, seed)}
-    counts = None if held_out is None else affinity_of(held_out, within=False)
-
-    def both(held: list[BoolArray]) -> dict[str, Any]:
-        on_train = raw if not raw.weighted else None
-        result = {"train": measure(held, problem.topology, train, on_train).to_dict()}
-        if held_out is not None:
-            result["held_out"] = measure(held, problem.topology, held_out, counts).to_dict()
-        return result
-
-    measured = {name: both(held) for name, held in rivals.items()}
+    rivals = {"plan": placement, **baselines(problem, raw, seed, even=witness)}
+    tokens = {"train": (train, affinity_of(train, within=False) if raw.weighted else raw)}
+    if held_out is not None:
+        tokens["held_out"] = (held_out, affinity_of(held_out, within=False))
+    measured = {
+        name: {
+            kind: measure(held, problem.topology, recording, counts).to_dict()
+            for kind, (recording, counts) in tokens.items()
+        }
+        for name, held in rivals.items()
+    }
     mine = measured.pop("plan")
-    return {**mine, "baselines": measured}
+    kind, (_, counts) = list(tokens.items())[-1]
+    blocks = flow_summary(placement, counts, kind)
+    return {**mine, "baselines": measured, "blocks": blocks}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from moe_runtime.placement.assign import (
+    EPSILON,
     assign,
     balanced_start,
     improve_by_swaps,
@@ -28,7 +29,6 @@ __all__ = ["Progress", "SweepResult", "improve", "keeping_caps", "sweep"]
 
 Progress = Callable[[float, float], None]  # (seconds, cost of the best so far)
 _TOLERANCE = 1e-9
-_SLACK = 1e-9
 _MOST_ROUNDS = 60
 
 
@@ -104,8 +104,8 @@ def keeping_caps(
     """The assignment with every layer that breaks a load cap mended, or taken from the witness."""
     kept = []
     for layer, (slots, device) in enumerate(zip(instance.slots, assignment, strict=True)):
-        mended = device if overload(slots, device) <= _SLACK else relieve(slots, device)
-        if witness is not None and overload(slots, mended) > _SLACK:
+        mended = device if overload(slots, device) <= EPSILON else relieve(slots, device)
+        if witness is not None and overload(slots, mended) > EPSILON:
             mended = witness[layer]
         kept.append(mended)
     return kept

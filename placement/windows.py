@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
+from moe_runtime.placement.assign import EPSILON, overload
 from moe_runtime.placement.exact import is_chain, solve_exactly
 from moe_runtime.placement.ilp import SOLVERS, solve_program
 from moe_runtime.placement.instance import Assignment, Instance
@@ -24,7 +25,6 @@ __all__ = ["POLISHERS", "polish"]
 
 POLISHERS = ("chain", *SOLVERS)
 _TOLERANCE = 1e-9
-_EPSILON = 1e-9  # as in `assign`
 # Free slots of a layer in a window of so many devices: under a thousand states for the chain, and
 # integer programs that are mostly proved in a second.
 _CHAIN_FREE = {2: 12, 3: 8}
@@ -110,7 +110,7 @@ def _as_loaded(instance: Instance, assignment: Assignment) -> Instance:
 def _keeps_caps(instance: Instance, candidate: Assignment, layers: Sequence[int]) -> bool:
     """Whether all caps are kept: sums of parts round otherwise than the whole's."""
     return all(
-        (slots.loads(device) <= slots.limits.load + _EPSILON).all()
+        overload(slots, device) <= EPSILON
         for slots, device in ((instance.slots[layer], candidate[layer]) for layer in layers)
     )
 

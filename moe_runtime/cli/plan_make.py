@@ -15,8 +15,7 @@ from rich.console import Console
 from moe_runtime.cli.plan_inputs import ModelFacts, model_facts
 from moe_runtime.cli.plan_progress import SolveProgress
 from moe_runtime.errors import PlanError, TraceError
-from moe_runtime.placement.affinity import affinity_of, shuffled
-from moe_runtime.placement.flows import flow_summary
+from moe_runtime.placement.affinity import shuffled
 from moe_runtime.placement.groups import experts_of_groups, grouped_problem, in_groups
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.problem import Objective, Problem
@@ -95,7 +94,6 @@ def make(options: MakeOptions, console: Console) -> Plan:
         solve_options = replace(solve_options, stages=2 if two else 1)
     with SolveProgress(console, options.time_limit) as progress:
         made = _solved(options.groups, problem, train, held_out, solve_options, progress)
-    made = _with_flows(made, train, held_out)
     if problem.spill:
         made = _with_tiers(made, train, problem, options, facts)
     return replace(
@@ -228,17 +226,6 @@ def _problem(
         expert_bytes=sizes,
         spill=short,
     )
-
-
-def _with_flows(made: Plan, train: Recording, held_out: Recording | None) -> Plan:
-    """What the page draws, measured on unseen tokens where there are some."""
-    measured = train if held_out is None else held_out
-    blocks = flow_summary(
-        made.matrices(),
-        affinity_of(measured, within=False),
-        "train" if held_out is None else "held_out",
-    )
-    return replace(made, metrics={**made.metrics, "blocks": blocks})
 
 
 def _with_tiers(
