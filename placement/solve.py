@@ -38,7 +38,7 @@ __all__ = ["METHODS", "SolveOptions", "make_plan", "plan_of", "split_holdout"]
 Progress: TypeAlias = Callable[[str, float | None, float | None], None]
 
 METHODS = ("auto", "sweep", "exact", "highs", "cbc")
-# Of the time limit: the sweeps, the polish by integer programs, the rest for the bound.
+# Of the time limit: the sweeps, the polish by exact windows, the rest for the bound.
 _SWEEP_SHARE, _POLISH_SHARE = 0.45, 0.2
 _EQUAL = 1e-6  # relative: bounds give away some rounding of singular values
 
@@ -49,7 +49,7 @@ class SolveOptions:
 
     Args:
         method: `"auto"` (dynamic programming where a layer has few placements, else sweeps and
-            integer programs over windows), `"sweep"` (no programs), `"exact"` (dynamic programming
+            exact windows), `"sweep"` (neither), `"exact"` (dynamic programming
             or an error), `"highs"` or `"cbc"` (ExFlow's integer program, that solver).
         stages: 1, or 2: nodes first, then the devices inside each (ExFlow).
         smoothing: `"auto"`, or a name in `LEVELS`.
@@ -343,7 +343,7 @@ def _search(
         assignment, accepted = polish(
             instance, assignment, time_limit=_POLISH_SHARE * limit, seed=options.seed
         )
-        method += f", integer programs over windows ({accepted} improvements)"
+        method += f", exact windows ({accepted} improvements)"
     cost = instance.cost(assignment)
     left = max(0.05 * limit, limit - (time.perf_counter() - began))
     bound = lower_bound(instance, time_limit=left, progress=lambda low: say("bound", cost, low))
