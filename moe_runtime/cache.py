@@ -8,10 +8,14 @@ residents without a pin are evicted. A *permanent* resident is never evicted and
 policy; there has to be one slot that none of them owns, unless they are all experts of its pool.
 One step of one layer goes:
 
-    hits, misses = cache.request(access)         # pins the hits
+    hits, late, misses = cache.request(access)   # pins the hits
     granted = cache.grant(position, misses)      # slots, evicting; now loading
-    cache.commit(...) for each that has arrived  # now resident and pinned
+    cache.commit(...) for each that has arrived  # now resident and pinned, the late ones too
     cache.release(...) once they are computed    # evictable again
+
+An expert loaded *ahead* of its need goes through `load_ahead` and `settle_ahead` (or `drop_ahead`)
+between and during the steps of other layers. A step that needs it while it is loading finds it
+*late*: not a hit, and not another read.
 """
 
 from __future__ import annotations
@@ -35,12 +39,21 @@ _ABSENT = -1
 class CacheCounters:
     """Events since the last reset, by layer position.
 
-    `permanent_hits` are those of `hits` that permanent residents served.
+    `permanent_hits` are those of `hits` that permanent residents served. `late` are those of
+    `misses` that were already on their way. Of the loads ahead of need, `ahead` in all, `in_time`
+    became hits at their first use, `late` had to be waited for, `unused` left without a use,
+    `withdrawn` were called off; the rest is still there. `ahead_evictions` made room for them.
     """
 
     hits: IntArray
     misses: IntArray
     permanent_hits: IntArray
+    late: IntArray
+    ahead: IntArray
+    in_time: IntArray
+    unused: IntArray
+    withdrawn: IntArray
+    ahead_evictions: int = 0
     evictions: int = 0
     rereads: int = 0
     seen: set[int] = field(default_factory=set)
@@ -48,8 +61,7 @@ class CacheCounters:
     @classmethod
     def empty(cls, layers: int) -> CacheCounters:
         """All zero."""
-        hits, misses, permanent = np.zeros((3, layers), np.int64)
-        return cls(hits=hits, misses=misses, permanent_hits=permanent)
+        return cls(*np.zeros((8, layers), np.int64))
 
 
 class ExpertCache:
@@ -81,6 +93,12 @@ class ExpertCache:
         self._free = [list(range(count))[::-1] for count in slots]
         self._loading: dict[int, None] = {}
         self._pins: dict[int, None] = {}
+        # Loaded ahead and not used yet: on their way, and arrived.
+        self._ahead: dict[int, None] = {}
+        self._unused: dict[int, None] = {}
+        # Expected to be needed soon: what else there is leaves first. Empty while nobody predicts.
+        self._expected = np.zeros(grid.size, np.bool_)
+        self._expecting = False
         # Permanent residents: by slot for the choice of victims, by expert number for counting.
         self._permanent = [np.zeros(count, np.bool_) for count in slots]
         self._permanent_of: list[set[int]] = [set() for _ in grid.layers]
@@ -136,31 +154,44 @@ class ExpertCache:
             self._tables[position] = known
         return known[1]
 
+    def loading_ahead(self, position: int) -> list[int]:
+        """Experts of a layer that are on their way ahead of need, in the order of their asking."""
+        first = self._offsets[position]
+        last = first + self.grid.experts[position]
+        return [index - first for index in self._ahead if first <= index < last]
+
     # -- mutators: never decide -----------------------------------------------------------------
 
-    def request(self, access: Access) -> tuple[list[int], list[int]]:
+    def request(self, access: Access) -> tuple[list[int], list[int], list[int]]:
         """Take in one layer step: tell the policy, count, pin the hits.
 
+        Late experts are no longer ahead: they arrive through `commit` like granted misses.
+
         Returns:
-            (hits, misses), expert numbers, each ascending.
+            (hits, late, misses), expert numbers, each ascending.
         """
         position = access.position
         self.policy.observe(position, access.experts, access.tokens)
         offset = self._offsets[position]
-        hits, misses, slots = [], [], []
+        hits, late, misses, slots = [], [], [], []
         for expert in access.experts.tolist():
-            slot = self._slot_of[offset + expert]
+            index = offset + expert
+            slot = self._slot_of[index]
             if slot == _ABSENT:
                 misses.append(expert)
+            elif index in self._loading:
+                late.append(expert)
+                del self._ahead[index]
             else:
                 hits.append(expert)
                 slots.append(slot)
-                self._pins[offset + expert] = None
+                self._pins[index] = None
         self._pinned[self._group_of[position]][slots] = True
         self.counters.hits[position] += len(hits)
-        self.counters.misses[position] += len(misses)
-        self._count_permanent(position, hits)
-        return hits, misses
+        self.counters.misses[position] += len(misses) + len(late)
+        self.counters.late[position] += len(late)
+        self._count_used(position, hits)
+        return hits, late, misses
 
     def take_hits(self, access: Access, experts: Sequence[int]) -> list[int] | None:
         """Take in a layer step whose experts are all resident, without pinning them.
@@ -175,11 +206,11 @@ class ExpertCache:
         """
         offset = self._offsets[access.position]
         slots = [self._slot_of[offset + expert] for expert in experts]
-        if min(slots) < 0:
+        if min(slots) < 0 or (self._ahead and any(offset + e in self._ahead for e in experts)):
             return None
         self.policy.observe(access.position, access.experts, access.tokens)
         self.counters.hits[access.position] += len(slots)
-        self._count_permanent(access.position, experts)
+        self._count_used(access.position, experts)
         return slots
 
     def grant(self, position: int, experts: Sequence[int]) -> list[int]:
@@ -194,15 +225,67 @@ class ExpertCache:
         if lacking > 0:
             self._evict(group, lacking)
         granted = list(experts[: len(free)])
-        offset = self._offsets[position]
         for expert in granted:
-            index = offset + expert
-            slot = free.pop()
-            self._owner[group][slot] = index
-            self._pinned[group][slot] = True
-            self._loading[index] = None
-            self._slot_of[index] = slot
+            self._give(group, self._offsets[position] + expert)
         return granted
+
+    def load_ahead(self, position: int, expert: int) -> bool:
+        """Give an absent expert a slot before it is needed; False, and nothing changed, if none.
+
+        Takes a free slot, or evicts the resident of lowest rank that is neither pinned, permanent
+        nor expected. The expert is loading afterwards.
+        """
+        index, group = self._offsets[position] + expert, self._group_of[position]
+        assert self._slot_of[index] == _ABSENT, "it has a slot already"
+        if not self._free[group]:
+            candidates = self._candidates(group)
+            if self._expecting:
+                candidates = candidates[~self._expected[candidates]]
+            if not len(candidates):
+                return False
+            self._leave(group, choose_victims(self.policy, candidates, 1))
+            self.counters.ahead_evictions += 1
+        self._give(group, index)
+        self._ahead[index] = None
+        self.counters.ahead[position] += 1
+        return True
+
+    def settle_ahead(self, position: int, expert: int) -> None:
+        """The bytes of an expert that is loading ahead have arrived: it is resident."""
+        index = self._offsets[position] + expert
+        del self._ahead[index]
+        del self._loading[index]
+        self._pinned[self._group_of[position]][self._slot_of[index]] = False
+        self._unused[index] = None
+        self._arrived(index)
+
+    def drop_ahead(self, position: int, expert: int) -> None:
+        """An expert that is loading ahead does not come: it is absent, its slot free."""
+        index, group = self._offsets[position] + expert, self._group_of[position]
+        del self._ahead[index]
+        del self._loading[index]
+        slot = self._slot_of[index]
+        self._slot_of[index] = _ABSENT
+        self._owner[group][slot] = _ABSENT
+        self._pinned[group][slot] = False
+        self._free[group].append(slot)
+        self.counters.withdrawn[position] += 1
+
+    def expect(self, position: int, experts: Sequence[int]) -> None:
+        """These experts of a layer, and no others of it, are expected to be needed soon.
+
+        While there are others to evict, they stay. An expectation is no pin.
+        """
+        first = self._offsets[position]
+        self._expected[first : first + self.grid.experts[position]] = False
+        self._expected[[first + expert for expert in experts]] = True
+        self._expecting = self._expecting or len(experts) > 0
+
+    def expect_nothing(self) -> None:
+        """Forget all expectations."""
+        if self._expecting:
+            self._expected[:] = False
+            self._expecting = False
 
     def adopt_all(self) -> None:
         """Slots are the experts' own memory: expert `i` of a layer lies in slot `i` of its pool."""
@@ -220,10 +303,7 @@ class ExpertCache:
         index = self._offsets[position] + expert
         del self._loading[index]
         self._pins[index] = None
-        if index in self.counters.seen:
-            self.counters.rereads += 1
-        else:
-            self.counters.seen.add(index)
+        self._arrived(index)
 
     def pin(self, position: int, expert: int) -> None:
         """A resident expert is needed: it is not evicted until released."""
@@ -258,8 +338,12 @@ class ExpertCache:
             position = self._position(index)
             if slot != _ABSENT and self._owner[self._group_of[position]][slot] != index:
                 self._slot_of[index] = _ABSENT
-        self._loading.clear()
-        self._pins.clear()
+        for index in self._ahead:
+            self.counters.withdrawn[self._position(index)] += 1
+        for held in (self._loading, self._pins, self._ahead):
+            held.clear()
+        self.expect_nothing()
+        self._unused = {i: None for i in self._unused if self._slot_of[i] != _ABSENT}
 
     def make_permanent(self, position: int, experts: Sequence[int]) -> None:
         """These residents stay for good: they are never evicted, not after a failed step either."""
@@ -273,23 +357,60 @@ class ExpertCache:
         seen = self.counters.seen
         self.counters = CacheCounters.empty(len(self.grid.layers))
         self.counters.seen = seen
+        for index in [*self._ahead, *self._unused]:  # their end will be counted, so their begin is
+            self.counters.ahead[self._position(index)] += 1
 
-    def _count_permanent(self, position: int, hits: Sequence[int]) -> None:
+    def _count_used(self, position: int, hits: Sequence[int]) -> None:
         permanent = self._permanent_of[position]
         if permanent:
             self.counters.permanent_hits[position] += sum(expert in permanent for expert in hits)
+        if self._unused:
+            offset = self._offsets[position]
+            for expert in hits:
+                if offset + expert in self._unused:
+                    del self._unused[offset + expert]
+                    self.counters.in_time[position] += 1
+
+    def _arrived(self, index: int) -> None:
+        if index in self.counters.seen:
+            self.counters.rereads += 1
+        else:
+            self.counters.seen.add(index)
+
+    def _give(self, group: int, index: int) -> None:
+        slot = self._free[group].pop()
+        self._owner[group][slot] = index
+        self._pinned[group][slot] = True
+        self._loading[index] = None
+        self._slot_of[index] = slot
+
+    def _candidates(self, group: int) -> IntArray:
+        owner = self._owner[group]
+        return owner[(owner >= 0) & ~(self._pinned[group] | self._permanent[group])]
 
     def _evict(self, group: int, count: int) -> None:
-        owner = self._owner[group]
-        candidates = owner[(owner >= 0) & ~(self._pinned[group] | self._permanent[group])]
-        if not len(candidates):
+        candidates = self._candidates(group)
+        count = min(count, len(candidates))
+        if not count:
             return
-        victims = choose_victims(self.policy, candidates, min(count, len(candidates)))
+        if self._expecting:
+            # What is expected leaves only when there is nothing else, and by rank even then.
+            flags = self._expected[candidates]
+            others = candidates[~flags]
+            first = choose_victims(self.policy, others, min(count, len(others)))
+            self._leave(group, first)
+            candidates, count = candidates[flags], count - len(first)
+        self._leave(group, choose_victims(self.policy, candidates, count))
+
+    def _leave(self, group: int, victims: IntArray) -> None:
         for victim in victims.tolist():
             slot = self._slot_of[victim]
             self._slot_of[victim] = _ABSENT
-            owner[slot] = _ABSENT
+            self._owner[group][slot] = _ABSENT
             self._free[group].append(slot)
+            if victim in self._unused:
+                del self._unused[victim]
+                self.counters.unused[self._position(victim)] += 1
         self.counters.evictions += len(victims)
 
     def _position(self, index: int) -> int:
@@ -334,4 +455,6 @@ class ExpertCache:
         assert owned == placed, "slots and owners differ"
         assert set(self._loading) <= placed, "a loading expert has no slot"
         assert set(self._pins) <= placed, "a pinned expert has no slot"
+        assert set(self._ahead) <= set(self._loading), "what loads ahead is not loading"
+        assert set(self._unused) <= placed - set(self._loading), "an unused one is not resident"
         assert not set(self._loading) & set(self._pins), "loading and pinned at once"

@@ -37,6 +37,10 @@ class RuntimeConfig:
             expert fits).
         plan: what the experts that stay resident are chosen by: the path of a plan file, or the
             model's name in a plan given as an object; None if there is no plan.
+        predictor: what routing is predicted by: the path of a predictor file, or the name of a
+            predictor given as an object; None for no prediction.
+        prediction_options: when predictions are acted on: the arguments of `PlannerRules`, and
+            `trial`, whether the runtime finds out by itself if they pay (True).
     """
 
     expert_budget: int | str = "auto"
@@ -49,6 +53,8 @@ class RuntimeConfig:
     reader_threads: int = 3
     preload: bool | str = "auto"
     plan: str | None = None
+    predictor: str | None = None
+    prediction_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("expert_budget", "host_budget"):
@@ -68,6 +74,13 @@ class RuntimeConfig:
             raise ConfigError(f"preload must be True, False or 'auto', found {self.preload!r}")
         if self.plan is not None and not isinstance(self.plan, str):
             raise ConfigError(f"plan names a plan: a text, found {self.plan!r}")
+        if self.predictor is not None and not isinstance(self.predictor, str):
+            raise ConfigError(f"predictor names a predictor: a text, found {self.predictor!r}")
+        if self.prediction_options and self.predictor is None:
+            raise ConfigError(
+                f"prediction_options {sorted(self.prediction_options)} need a predictor; give "
+                "predictor= too"
+            )
         if not isinstance(self.device, str):
             raise ConfigError(
                 f"device must be a text like 'cpu' or 'cuda:0', found {self.device!r}"
@@ -85,4 +98,7 @@ class RuntimeConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a run file; of the policy's options only their names."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return plain | {"policy_options": sorted(self.policy_options)}
+        return plain | {
+            "policy_options": sorted(self.policy_options),
+            "prediction_options": dict(self.prediction_options),
+        }

@@ -40,8 +40,18 @@ class Device(Protocol):
         """A token for all compute issued so far."""
         ...
 
-    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: Any) -> Any:
-        """Copy each (destination, source) once the token `after` has passed; a token for it."""
+    def copy(
+        self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: Any, *, ahead: bool = False
+    ) -> Any:
+        """Copy each (destination, source) once the token `after` has passed; a token for it.
+
+        Args:
+            ahead: it is not needed yet, and need not go before copies that are.
+        """
+        ...
+
+    def done(self, token: Any) -> bool:
+        """Whether the copy is done."""
         ...
 
     def wait(self, token: Any) -> None:
@@ -75,10 +85,16 @@ class CpuDevice:
     def fence(self) -> None:
         """Compute on the CPU is never behind."""
 
-    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: Any) -> None:
+    def copy(
+        self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: Any, *, ahead: bool = False
+    ) -> None:
         """Copy now."""
         for destination, source in pairs:
             destination.copy_(source)
+
+    def done(self, token: Any) -> bool:
+        """Copies are already done."""
+        return True
 
     def wait(self, token: Any) -> None:
         """Copies are already done."""
@@ -88,7 +104,10 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """A GPU: one copy stream beside the current compute stream, events between them."""
+    """A GPU: copy streams beside the current compute stream, events between them.
+
+    Copies ahead of need have a stream of their own, of lower priority.
+    """
 
     is_cpu = False
 
@@ -99,7 +118,8 @@ class CudaDevice:
         self.torch_device = torch.device(
             "cuda", torch.cuda.current_device() if index is None else index
         )
-        self._stream = torch.cuda.Stream(self.torch_device)
+        self._needed = torch.cuda.Stream(self.torch_device, priority=-1)
+        self._ahead = torch.cuda.Stream(self.torch_device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Device memory from PyTorch's allocator."""
@@ -116,17 +136,26 @@ class CudaDevice:
         return event
 
     def copy(
-        self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: torch.cuda.Event | None
+        self,
+        pairs: list[tuple[torch.Tensor, torch.Tensor]],
+        after: torch.cuda.Event | None,
+        *,
+        ahead: bool = False,
     ) -> torch.cuda.Event:
-        """Enqueue on the copy stream; nothing blocks."""
+        """Enqueue on a copy stream; nothing blocks."""
+        stream = self._ahead if ahead else self._needed
         if after is not None:
-            self._stream.wait_event(after)
-        with torch.cuda.stream(self._stream):
+            stream.wait_event(after)
+        with torch.cuda.stream(stream):
             for destination, source in pairs:
                 destination.copy_(source, non_blocking=True)
         done = torch.cuda.Event()
-        done.record(self._stream)
+        done.record(stream)
         return done
+
+    def done(self, token: torch.cuda.Event | None) -> bool:
+        """Whether the event has passed."""
+        return token is None or bool(token.query())
 
     def wait(self, token: torch.cuda.Event | None) -> None:
         """The compute stream waits for the event; the host goes on."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,10 +27,13 @@ from moe_runtime.device import Device
 from moe_runtime.eager import EagerExperts
 from moe_runtime.errors import AttachError, UnsupportedModelError
 from moe_runtime.kernels import ExpertForm, decode_bags, decode_loop, expert_mlp, grouped_experts
+from moe_runtime.loader import ExpertLoader
 from moe_runtime.model_spec import MoELayer
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
 from moe_runtime.routing import LayerRouting, sort_routing, sort_single
+from moe_runtime.rows import SequenceNumbers, rows_of
+from moe_runtime.slot_transfers import SlotTransfers
 from moe_runtime.slots import ALIGNMENT, SlotPool
 from moe_runtime.steps import Step
 
@@ -85,18 +88,6 @@ def expert_form(module: nn.Module, layer: MoELayer) -> ExpertForm:
     )
 
 
-@dataclass(eq=False)
-class _LayerStep:
-    """Bookkeeping of one layer step under way."""
-
-    position: int
-    misses: int = 0
-    waiting: deque[int] = field(default_factory=deque)
-    nbytes: int = 0
-    host_bytes: int = 0
-    stall: float = 0.0
-
-
 class Executor:
     """Computes MoE layers in a budget of slots. One call at a time: calls from several threads
     wait for each other, layer by layer.
@@ -115,9 +106,11 @@ class Executor:
     ) -> None:
         self.cache = cache
         self.fetcher = fetcher
-        self.profiler = profiler
         self.exact = exact
         self.listeners: list[RoutingListener] = []
+        transfers = SlotTransfers(cache, pools, fetcher, device)
+        self.loader = ExpertLoader(cache, transfers, profiler)
+        self._numbers = SequenceNumbers()
         self._pools = pools
         # Where weights lie `[in, out]`, one token's experts are summed from tables of rows.
         self._tables = [pool.tables() if by_rows else None for pool in pools]
@@ -127,6 +120,15 @@ class Executor:
         self._calls: set[int] = set()
 
     # -- the forward call around the layers -----------------------------------------------------
+
+    @property
+    def profiler(self) -> Profiler:
+        """Takes the counters."""
+        return self.loader.profiler
+
+    @profiler.setter
+    def profiler(self, profiler: Profiler) -> None:
+        self.loader.profiler = profiler
 
     @property
     def step(self) -> Step | None:
@@ -141,11 +143,17 @@ class Executor:
         """A forward call of the model begins on this thread."""
         self.step = step
         self._calls.add(threading.get_ident())
+        if self.loader.prediction is not None:
+            with self._lock:
+                self.loader.begin_call(rows_of(step, self._numbers), decode=step.decode)
 
-    def end_call(self) -> None:
-        """It ended, well or not."""
+    def end_call(self, seconds: float | None = None) -> None:
+        """It ended, well after so many seconds, or not."""
         self.step = None
         self._calls.discard(threading.get_ident())
+        if seconds is not None and self.loader.prediction is not None:
+            with self._lock:
+                self.loader.end_call(seconds)
 
     def try_stop(self) -> bool:
         """Keep every layer step out until `resume`; False (and nothing kept) during a call."""
@@ -186,6 +194,8 @@ class Executor:
             try:
                 for listener in self.listeners:
                     listener(handle.position, top_k_index, top_k_weights, step)
+                if self.loader.follows:
+                    self._tell(handle.position, hidden, top_k_index, step)
                 if self._without_host(handle, real):
                     return self._on_device(handle, hidden, top_k_index, top_k_weights)
                 return self._computed(handle, module, hidden, top_k_index, top_k_weights, real)
@@ -193,8 +203,7 @@ class Executor:
                 # Also for KeyboardInterrupt: whatever was under way is undone, the cache stays
                 # whole and the model usable.
                 self.end_call()
-                self.fetcher.cancel()
-                self.cache.abandon()
+                self.loader.abandon()
                 raise
             finally:
                 self.profiler.expert_seconds += time.perf_counter() - began
@@ -225,13 +234,11 @@ class Executor:
         self, handle: LayerHandle, hidden: torch.Tensor, chosen: list[int], access: Access
     ) -> torch.Tensor:
         """One token on the CPU: contributions `[K, D']` in the order of its choices."""
-        slots = self.cache.take_hits(access, chosen)
+        slots = self.loader.take_hits(access, chosen)
         if slots is not None:
-            rows = self._token_rows(handle, hidden, slots)
-            self.profiler.layer_step(access, 0, 0, 0.0)
-            return rows
+            return self._token_rows(handle, hidden, slots)
         outputs: torch.Tensor | None = None
-        for experts in self._in_ready_order(access):
+        for experts in self.loader.in_ready_order(access):
             slots = self.cache.slots_of(handle.position, experts)
             rows = self._token_rows(handle, hidden, slots)
             if outputs is None:
@@ -258,7 +265,7 @@ class Executor:
         outputs: torch.Tensor | None = None
         # A slice of a batch of rows must be aligned as a batch of its own would be.
         aligned = hidden.shape[1] * hidden.element_size() % ALIGNMENT == 0
-        for group in self._in_ready_order(routing.access):
+        for group in self.loader.in_ready_order(routing.access):
             for experts in [group] if aligned else [[expert] for expert in group]:
                 pairs, counts = routing.of(experts)
                 pairs = pairs.to(hidden.device)
@@ -293,99 +300,13 @@ class Executor:
             module,
             [param.name for param in handle.layer.params],
             lambda expert: self._held(handle, [expert])[0],
-            self._in_ascending_order(routing.access),
+            self.loader.in_ascending_order(routing.access),
         )
         output = eager.forward(hidden, top_k_index, top_k_weights)
         eager.finish()
         return output
 
     # -- getting experts into slots -------------------------------------------------------------
-
-    def _in_ready_order(self, access: Access) -> Iterator[list[int]]:
-        """Groups of experts, each yielded once, while they are in their slots.
-
-        First what is resident, with the reads of the rest under way; then as reads end.
-        """
-        position = access.position
-        hits, misses = self.cache.request(access)
-        step = _LayerStep(position, len(misses), deque(misses))
-        self._request_more(step)
-        # While some experts wait for a slot, each slot is handed on as soon as it is done with.
-        for group in [[hit] for hit in hits] if step.waiting else [hits] if hits else []:
-            yield group
-            self.cache.release(position, group)
-            self._request_more(step)
-        while step.waiting or self.fetcher.in_flight:
-            ready = [self._take(step)]
-            while not step.waiting and self.fetcher.in_flight and self.fetcher.has_finished():
-                ready.append(self._take(step))
-            yield ready
-            self.cache.release(position, ready)
-            self._request_more(step)
-        self._end(step, access)
-
-    def _in_ascending_order(self, access: Access) -> Iterator[int]:
-        """Every expert in ascending order, one at a time, while it is in its slot."""
-        position = access.position
-        hits, misses = self.cache.request(access)
-        step = _LayerStep(position, len(misses))
-        # With all of this layer's hits pinned there might be no slot for an earlier miss; those
-        # that get evicted before their turn are read again.
-        self.cache.release(position, hits)
-        arrived: set[int] = set()
-        ahead = deque(access.experts.tolist())
-        for expert in list(ahead):
-            while ahead:
-                if self.cache.is_resident(position, ahead[0]):
-                    self.cache.pin(position, ahead[0])
-                    arrived.add(ahead[0])
-                elif not self._ask(position, ahead[0]):
-                    break
-                ahead.popleft()
-            while expert not in arrived:
-                arrived.add(self._take(step))
-            yield expert
-            self.cache.release(position, [expert])
-        self._end(step, access)
-
-    def _request_more(self, step: _LayerStep) -> None:
-        if step.waiting:
-            granted = self.cache.grant(step.position, list(step.waiting))
-            self._submit(step.position, granted)
-            for _ in granted:
-                step.waiting.popleft()
-
-    def _ask(self, position: int, expert: int) -> bool:
-        granted = self.cache.grant(position, [expert])
-        self._submit(position, granted)
-        return bool(granted)
-
-    def _submit(self, position: int, experts: list[int]) -> None:
-        if not experts:
-            return
-        after = self._device.fence()
-        pool = self._pools[self.cache.group(position)]
-        for expert in experts:
-            target = pool.targets(self.cache.slot(position, expert))
-            self.fetcher.submit(position, expert, target, after=after)
-
-    def _take(self, step: _LayerStep) -> int:
-        fetch, waited = self.fetcher.next_finished()
-        self._device.wait(fetch.token)
-        self.cache.commit(fetch.position, fetch.expert)
-        step.stall += waited
-        if fetch.from_host:
-            step.host_bytes += fetch.nbytes
-        else:
-            step.nbytes += fetch.nbytes
-        return fetch.expert
-
-    def _end(self, step: _LayerStep, access: Access) -> None:
-        position = step.position
-        self.profiler.bytes_read[position] += step.nbytes
-        self.profiler.host_bytes[position] += step.host_bytes
-        self.profiler.stall_seconds[position] += step.stall
-        self.profiler.layer_step(access, step.misses, step.nbytes, step.stall)
 
     def preload(self, wanted: Sequence[Sequence[int]] | None = None) -> None:
         """Fill free slots with experts, layer by layer, in order, as far as they go.
@@ -395,20 +316,24 @@ class Executor:
         """
         with self._lock:
             try:
-                for position, count in enumerate(self.cache.grid.experts):
-                    experts = range(count) if wanted is None else wanted[position]
-                    absent = [e for e in experts if self.cache.slot(position, e) < 0]
-                    absent = absent[: self.cache.free_slots(position)]
-                    self._submit(position, self.cache.grant(position, absent))
-                    step = _LayerStep(position)
-                    for _ in absent:
-                        self.cache.release(position, [self._take(step)])
-                    self.profiler.bytes_read[position] += step.nbytes
-                    self.profiler.host_bytes[position] += step.host_bytes
+                self.loader.preload(wanted)
             except BaseException:
-                self.fetcher.cancel()
-                self.cache.abandon()
+                self.loader.abandon()
                 raise
+
+    def _tell(
+        self, position: int, hidden: torch.Tensor, top_k_index: torch.Tensor, step: Step | None
+    ) -> None:
+        """Tell the loader's predictor what the router chose for the rows that are no padding."""
+        if step is None:
+            return
+        ids = top_k_index.detach()
+        if step.real is not None:
+            real = step.real.to(hidden.device)
+            hidden, ids = hidden[real], ids[real]
+        chosen = ids.to("cpu").numpy().astype(np.int64)
+        chosen[chosen >= self.cache.grid.experts[position]] = -1
+        self.loader.observe(position, chosen, hidden.detach())
 
     def copy_expert(self, position: int, expert: int) -> tuple[torch.Tensor, ...]:
         """One expert's tensors in host memory, whether resident or not; residency stays."""

@@ -1,11 +1,13 @@
 """Transfers from the slow tiers into slots: reader threads, host copies, the in-flight table.
 
-Decides nothing: it moves what it is asked to move, in the order asked, and tells in which order
-the transfers end. Knows stores and the device layer; not policies, not routing.
+Decides nothing: it moves what it is asked to move, in the order asked (what is needed now before
+what is fetched ahead), and tells in which order the transfers end. Knows stores and the device
+layer; not policies, not routing.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -20,18 +22,25 @@ from moe_runtime.device import Device
 from moe_runtime.model_spec import ExpertParam
 from moe_runtime.store import Bounce, HostTier, Piece, Store, Tensors
 
-__all__ = ["Fetch", "Fetcher"]
+__all__ = ["Fetch", "Fetcher", "LinkMeter"]
 
 
 @dataclass(eq=False)
 class Fetch:
-    """One expert on its way into a slot."""
+    """One expert on its way into a slot.
+
+    `ahead` while nobody needs it yet; `withdrawn` if it was called off after it had begun, so that
+    its slot holds no whole expert when it ends.
+    """
 
     position: int
     expert: int
     target: Tensors
     landing: Tensors
     after: Any = None
+    ahead: bool = False
+    begun: bool = False
+    withdrawn: bool = False
     remaining: int = 0
     nbytes: int = 0
     from_host: bool = False
@@ -43,6 +52,33 @@ class Fetch:
     def key(self) -> tuple[int, int]:
         """(layer position, expert)."""
         return (self.position, self.expert)
+
+
+class LinkMeter:
+    """What a link delivers while it is busy: a decayed mean over the last seconds of business."""
+
+    _SPAN = 0.5  # seconds of business after which a measurement has faded to 1/e
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._bytes = 0.0
+        self._seconds = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes a second; None before anything was measured."""
+        return self._bytes / self._seconds if self._seconds > 0 else None
+
+    def begin(self, now: float) -> None:
+        """The link was idle and has work now."""
+        self._since = now
+
+    def add(self, nbytes: int, now: float) -> None:
+        """Something arrived; the link has been busy since the last call."""
+        passed, self._since = now - self._since, now
+        kept = math.exp(-passed / self._SPAN)
+        self._bytes = self._bytes * kept + nbytes
+        self._seconds = self._seconds * kept + passed
 
 
 class Fetcher:
@@ -67,9 +103,12 @@ class Fetcher:
         self._chunk = chunk
         self._wanted = threads
         self._threads: list[threading.Thread] = []
+        # Readers take from the first queue that has work: what is needed, what is ahead.
         self._work: deque[tuple[Fetch, Piece] | None] = deque()
+        self._ahead: deque[tuple[Fetch, Piece]] = deque()
         self._wake = threading.Condition()
         self._busy = 0
+        self._meter = LinkMeter()
         self._ready = threading.Semaphore(0)
         self._finished: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
         self._in_flight: dict[tuple[int, int], Fetch] = {}
@@ -79,14 +118,28 @@ class Fetcher:
         """Fetches submitted and not yet taken by `next_finished`."""
         return len(self._in_flight)
 
-    def submit(self, position: int, expert: int, target: Tensors, *, after: Any = None) -> None:
+    @property
+    def rate(self) -> float | None:
+        """Bytes a second that arrive while anything is being read; None before it is known."""
+        return self._meter.rate
+
+    def submit(
+        self,
+        position: int,
+        expert: int,
+        target: Tensors,
+        *,
+        after: Any = None,
+        ahead: bool = False,
+    ) -> None:
         """Start to bring an expert into `target`.
 
         Args:
             target: the slot's tensors.
             after: a device fence that the copy into the slot must not overtake.
+            ahead: nobody needs it yet: everything that is needed goes first.
         """
-        fetch = Fetch(position, expert, target, target, after)
+        fetch = Fetch(position, expert, target, target, after, ahead)
         self._in_flight[fetch.key] = fetch
         held = self._store.host_tensors(position, expert)
         if held is None and self._host is not None:
@@ -94,7 +147,9 @@ class Fetcher:
         if held is not None:
             fetch.from_host = True
             fetch.nbytes = sum(t.numel() * t.element_size() for t in held)
-            fetch.token = self._device.copy(list(zip(target, held, strict=True)), after)
+            fetch.begun = True
+            pairs = list(zip(target, held, strict=True))
+            fetch.token = self._device.copy(pairs, after, ahead=ahead)
             if self._host is not None:
                 self._host.lease(position, expert, fetch.token)
             self._finished.put(fetch)
@@ -107,11 +162,45 @@ class Fetcher:
         fetch.remaining = len(pieces)
         self._start_threads()
         with self._wake:
-            self._work.extend((fetch, piece) for piece in pieces)
+            (self._ahead if ahead else self._work).extend((fetch, piece) for piece in pieces)
             self._wake.notify(len(pieces))
+
+    def promote(self, position: int, expert: int) -> None:
+        """An expert that is on its way ahead is needed now: the rest of it goes first."""
+        fetch = self._in_flight[position, expert]
+        fetch.ahead = False
+        with self._wake:
+            self._work.extendleft(reversed(self._take_queued(fetch)))
+
+    def withdraw(self, position: int, expert: int) -> bool:
+        """Call off an expert that is on its way ahead.
+
+        Returns:
+            Whether it is off the list, because nothing of it had begun. Otherwise it still ends:
+            whole if all of it was under way, else marked `withdrawn`.
+        """
+        fetch = self._in_flight[position, expert]
+        with self._wake:
+            dropped = self._take_queued(fetch)
+            begun = fetch.begun
+        if not dropped:
+            return False
+        if not begun:
+            del self._in_flight[fetch.key]
+            self._unclaim(fetch)
+            return True
+        with fetch.lock:
+            fetch.withdrawn = True
+            fetch.remaining -= len(dropped)
+            last = fetch.remaining == 0
+        if last:
+            self._finished.put(fetch)
+        return False
 
     def next_finished(self) -> tuple[Fetch, float]:
         """The next fetch to end, and the seconds waited for it.
+
+        One that was ahead of need ends without an exception: its `error` says what went wrong.
 
         Raises:
             ExpertReadError: the read failed; the expert is not in its slot.
@@ -120,15 +209,27 @@ class Fetcher:
         fetch = self._finished.get()
         waited = time.perf_counter() - begin
         del self._in_flight[fetch.key]
+        whole = fetch.error is None and not fetch.withdrawn
         if self._host is not None and not fetch.from_host:
-            self._host.settle(*fetch.key, good=fetch.error is None)
-            if fetch.error is None:
+            self._host.settle(*fetch.key, good=whole)
+            if whole:
                 pairs = list(zip(fetch.target, fetch.landing, strict=True))
-                fetch.token = self._device.copy(pairs, fetch.after)
+                fetch.token = self._device.copy(pairs, fetch.after, ahead=fetch.ahead)
                 self._host.lease(*fetch.key, fetch.token)
-        if fetch.error is not None:
+        if fetch.error is not None and not fetch.ahead:
             raise fetch.error
         return fetch, waited
+
+    def _take_queued(self, fetch: Fetch) -> list[tuple[Fetch, Piece]]:
+        """Remove the pieces of a fetch that wait in the queue of what is ahead."""
+        taken = [item for item in self._ahead if item[0] is fetch]
+        if taken:
+            self._ahead = deque(item for item in self._ahead if item[0] is not fetch)
+        return taken
+
+    def _unclaim(self, fetch: Fetch) -> None:
+        if self._host is not None and not fetch.from_host:
+            self._host.settle(*fetch.key, good=False)
 
     def read_now(self, position: int, expert: int, params: Sequence[ExpertParam]) -> Tensors:
         """Read one expert into fresh host memory, on the calling thread.
@@ -153,6 +254,7 @@ class Fetcher:
         """Drop what has not begun, wait for what has; afterwards nothing is in flight."""
         with self._wake:
             self._work.clear()
+            self._ahead.clear()
             while self._busy:
                 self._wake.wait()
         while not self._finished.empty():
@@ -195,21 +297,27 @@ class Fetcher:
         bounce = Bounce(self._chunk)
         while True:
             with self._wake:
-                while not self._work:
+                while not self._work and not self._ahead:
                     self._wake.wait()
-                item = self._work.popleft()
+                item = self._work.popleft() if self._work else self._ahead.popleft()
                 if item is None:
                     return
+                item[0].begun = True
                 self._busy += 1
+                if self._busy == 1:
+                    self._meter.begin(time.perf_counter())
+            got = 0
             try:
-                self._read(*item, bounce)
+                got = self._read(*item, bounce)
             finally:
                 with self._wake:
                     self._busy -= 1
+                    self._meter.add(got, time.perf_counter())
                     if not self._busy:
                         self._wake.notify_all()
 
-    def _read(self, fetch: Fetch, piece: Piece, bounce: Bounce) -> None:
+    def _read(self, fetch: Fetch, piece: Piece, bounce: Bounce) -> int:
+        """Read a piece; the last one of a fetch ends it. Returns bytes read."""
         got = 0
         error: BaseException | None = None
         if fetch.error is None:
@@ -224,3 +332,4 @@ class Fetcher:
             last = fetch.remaining == 0
         if last:
             self._finished.put(fetch)
+        return got

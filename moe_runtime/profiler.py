@@ -46,6 +46,9 @@ class Profiler:
     bytes_read: IntArray = field(init=False)
     host_bytes: IntArray = field(init=False)
     stall_seconds: list[float] = field(init=False)
+    # Of the bytes above those that were fetched ahead of need, and of those what was called off.
+    ahead_bytes: IntArray = field(init=False)
+    withdrawn_bytes: int = 0
     expert_seconds: float = 0.0
     steps: list[StepRecord] = field(default_factory=list)
     dropped_steps: int = 0
@@ -59,6 +62,7 @@ class Profiler:
     def __post_init__(self) -> None:
         self.bytes_read = np.zeros(self.layers, np.int64)
         self.host_bytes = np.zeros(self.layers, np.int64)
+        self.ahead_bytes = np.zeros(self.layers, np.int64)
         self.stall_seconds = [0.0] * self.layers
         self.totals = dict.fromkeys(
             (
@@ -92,15 +96,15 @@ class Profiler:
         self._current[threading.get_ident()] = record
         return record
 
-    def end_step(self, residents: IntArray | None) -> None:
-        """The forward call of this thread ended well.
+    def end_step(self, residents: IntArray | None) -> StepRecord | None:
+        """The forward call of this thread ended well; None if it was not begun.
 
         Args:
             residents: dense indices resident now, for a snapshot; None to take none.
         """
         record = self._current.pop(threading.get_ident(), None)
         if record is None:
-            return
+            return None
         record.seconds += time.perf_counter()
         phase = "decode" if record.decode else "prefill"
         self.totals["tokens"] += record.tokens
@@ -114,6 +118,7 @@ class Profiler:
         if residents is not None:
             self._snapshot(residents)
         self._count += 1
+        return record
 
     def drop_step(self) -> None:
         """The forward call of this thread failed; its layers stay counted, its step is not."""

@@ -40,6 +40,8 @@ from moe_runtime.memory import free_memory, resident_set
 from moe_runtime.model_spec import MoESpec, read_spec
 from moe_runtime.paged import PagedParameter
 from moe_runtime.pinning import Pinning, PlanLike, open_plan
+from moe_runtime.prediction import PredictorLike, open_predictor, predict, predictor_name
+from moe_runtime.predictors.base import Predictor
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
 from moe_runtime.recorder import Recorder
@@ -75,6 +77,7 @@ class Runtime:
         spec: the model's MoE structure.
         config: the options as given.
         pinning: what a plan keeps resident, None without a plan.
+        predictor: what routing is predicted by, None without.
         budget: what the budget holds.
         cache, executor, profiler: the parts, for whoever wants to look.
     """
@@ -89,6 +92,7 @@ class Runtime:
         paged: bool,
         rss_before: int = 0,
         pinning: Pinning | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self.spec = spec
@@ -97,6 +101,7 @@ class Runtime:
         self.paged = paged
         self.rss_before = rss_before
         self.pinning = pinning
+        self.predictor = predictor
         self.budget: BudgetPlan
         self.cache: ExpertCache
         self.executor: Executor
@@ -192,6 +197,8 @@ class Runtime:
             exact=self.config.exact,
             by_rows=by_rows,
         )
+        if self.predictor is not None:
+            predict(self.executor.loader, self.spec, self.predictor, self.config.prediction_options)
         if by_rows:
             self._forms = [replace(form, transposed=True) for form in self._forms]
         if in_place:
@@ -299,22 +306,23 @@ class Runtime:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = begin_step(kwargs, args)
-        self.executor.begin_call(step)
         self.profiler.begin_step(decode=step.decode, tokens=step.tokens)
+        self.executor.begin_call(step)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        self.executor.end_call()
         with self.executor.exclusive():
+            record = None
             if output is None:  # the call failed
                 self.profiler.drop_step()
                 for recorder in self._recorders:
                     recorder.discard_step()
-                return
-            residents = self.cache.residents() if self.profiler.wants_snapshot() else None
-            self.profiler.end_step(residents)
+            else:
+                residents = self.cache.residents() if self.profiler.wants_snapshot() else None
+                record = self.profiler.end_step(residents)
+        self.executor.end_call(None if record is None else record.seconds)
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -336,6 +344,8 @@ class Runtime:
         with self.executor.exclusive():
             self.cache.reset_counters()
             fresh = Profiler(layers=len(self.spec.layers), grid_size=self.spec.grid.size)
+            if self.executor.loader.prediction is not None:
+                self.executor.loader.prediction.forecaster.reset_accuracy()
             self.profiler = self.executor.profiler = fresh
 
     def run_record(self, *, simulate: bool = True) -> dict[str, Any]:
@@ -378,7 +388,7 @@ class Runtime:
 # -- the public verbs ----------------------------------------------------------------------------
 
 
-def from_pretrained(
+def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
     path_or_id: str | os.PathLike[str],
     *,
     expert_budget: int | str = "auto",
@@ -391,6 +401,8 @@ def from_pretrained(
     reader_threads: int = 3,
     preload: bool | str = "auto",
     plan: PlanLike | None = None,
+    predictor: PredictorLike | None = None,
+    prediction_options: Mapping[str, Any] | None = None,
     auto_class: str | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -402,6 +414,9 @@ def from_pretrained(
             preload: see `RuntimeConfig`.
         plan: a plan file or a `Plan` for one device: the experts of its tier `"device"` are loaded
             at the start and stay; the policy has the rest of the budget.
+        predictor: a predictor file (`moe-runtime train-predictor`) or a `Predictor`: experts are
+            loaded ahead of their layers and kept by what it forecasts, as long as that pays.
+        prediction_options: see `RuntimeConfig`.
         auto_class: name of the auto class to load with; None for the first that knows the model.
         hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
 
@@ -428,6 +443,8 @@ def from_pretrained(
         reader_threads=reader_threads,
         preload=preload,
         plan=None if chosen is None else chosen.name,
+        predictor=predictor_name(predictor),
+        prediction_options=prediction_options or {},
     )
     place = open_device(device)
     before = resident_set()
@@ -454,6 +471,7 @@ def from_pretrained(
         paged=True,
         rss_before=before,
         pinning=None if chosen is None else chosen.for_model(spec),
+        predictor=open_predictor(predictor, spec),
     )
     runtime.open(experts=experts)
     _place_placeholders(model, spec, place)
@@ -464,7 +482,7 @@ def from_pretrained(
     return result
 
 
-def attach(
+def attach(  # noqa: PLR0913  as above
     model: PreTrainedModel,
     *,
     expert_budget: int | str = "auto",
@@ -477,6 +495,8 @@ def attach(
     reader_threads: int = 3,
     preload: bool | str = "auto",
     plan: PlanLike | None = None,
+    predictor: PredictorLike | None = None,
+    prediction_options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Run a model that is already in memory through the runtime; its Parameters are the host tier.
 
@@ -505,6 +525,8 @@ def attach(
         reader_threads=reader_threads,
         preload=preload,
         plan=None if chosen is None else chosen.name,
+        predictor=predictor_name(predictor),
+        prediction_options=prediction_options or {},
     )
     place = open_device(device)
     spec = read_spec(model)
@@ -526,6 +548,7 @@ def attach(
         paged=False,
         rss_before=resident_set(),
         pinning=None if chosen is None else chosen.for_model(spec),
+        predictor=open_predictor(predictor, spec),
     )
     in_place = place.is_cpu and expert_budget == "auto"
     runtime.open(stacked=stacked, in_place=in_place)

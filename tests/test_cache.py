@@ -82,7 +82,8 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.position < 0)
     @rule(position=st.integers(0, 3), chosen=st.sets(st.integers(0, 4)), tokens=st.integers(1, 40))
     def request(self, position: int, chosen: set[int], tokens: int) -> None:
-        hits, misses = self.cache.request(access(position, list(chosen), tokens))
+        hits, late, misses = self.cache.request(access(position, list(chosen), tokens))
+        assert not late
         held = {expert for expert in chosen if (position, expert) in self.placed}
         assert hits == sorted(held)
         assert misses == sorted(chosen - held)
@@ -219,7 +220,7 @@ TestAnyOrderOfOperations = CacheMachine.TestCase
 def layer_step(cache: ExpertCache, step: Access) -> None:
     """One step of one layer, as the executor runs it: hits first if some experts lack a slot."""
     position = step.position
-    hits, waiting = cache.request(step)
+    hits, _, waiting = cache.request(step)
     granted = cache.grant(position, waiting)
     waiting = waiting[len(granted) :]
     if waiting:

@@ -61,14 +61,21 @@ simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
 predictors.*      | trace predictors.*                     | torch numpy safetensors
 cache             | access store eviction                  | torch numpy
-prefetch          | model_spec cache device store predictors.base | torch numpy
+prefetch          | model_spec cache device store          | torch numpy
 layout            | kernels.* model_spec checkpoint        |
 steps             |                                        | torch
 routing           | access                                 | torch numpy
 eager             |                                        | torch
 profiler          | access                                 | numpy psutil
-executor          | kernels.* model_spec access cache device eager prefetch profiler routing slots \
-                    steps                                  | torch numpy transformers
+payoff            |                                        |
+forecast          | predictors.base                        | torch numpy
+prefetch_planner  | cache forecast                         | numpy
+loader            | access cache forecast payoff predictors.base prefetch_planner profiler | torch
+slot_transfers    | cache device prefetch slots            |
+rows              | steps predictors.base                  | torch numpy
+prediction        | model_spec forecast loader payoff predictors.* prefetch_planner |
+executor          | kernels.* model_spec access cache device eager loader prefetch profiler \
+                    routing rows slot_transfers slots steps | torch numpy transformers
 interface         | executor                               | torch transformers
 recorder          | model_spec trace steps                 | torch numpy
 saving            | model_spec safetensors_index checkpoint paged | torch
