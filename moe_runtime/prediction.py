@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from moe_runtime.errors import ConfigError
 from moe_runtime.forecast import Forecaster
 from moe_runtime.loader import ExpertLoader, Prediction
@@ -18,7 +20,7 @@ from moe_runtime.payoff import Payoff
 from moe_runtime.predictors.base import Predictor
 from moe_runtime.prefetch_planner import PlannerRules, PrefetchPlanner
 
-__all__ = ["PredictorLike", "open_predictor", "predict", "predictor_name"]
+__all__ = ["PredictorLike", "open_predictor", "predict", "prediction_record", "predictor_name"]
 
 PredictorLike: TypeAlias = Predictor | str | os.PathLike[str]
 
@@ -66,3 +68,60 @@ def predict(
         getattr(loader.cache.policy, "expect", None),
     )
     loader.prediction = Prediction(forecaster, planner, Payoff(enabled=bool(trial)))
+
+
+def prediction_record(loader: ExpertLoader, spec: MoESpec) -> dict[str, Any] | None:
+    """What predicting did since counters were reset; `docs/formats.md`, section Run.
+
+    None without a predictor.
+    """
+    prediction = loader.prediction
+    if prediction is None:
+        return None
+    counters, accuracy = loader.cache.counters, prediction.forecaster.accuracy
+    size = np.array([layer.expert_bytes for layer in spec.layers], np.int64)
+    ahead = int(counters.ahead.sum())
+    fate = {
+        "in_time": counters.in_time,
+        "late": counters.late,
+        "unused": counters.unused,
+        "withdrawn": counters.withdrawn,
+    }
+    return {
+        "predictor": prediction.forecaster.predictor.name,
+        "rules": dataclasses.asdict(prediction.planner.rules),
+        "seconds": round(prediction.forecaster.seconds, 6),
+        "failure": prediction.forecaster.failure,
+        "state": prediction.payoff.state,
+        "decisions": [decision.to_dict() for decision in prediction.payoff.decisions],
+        "loads": {
+            "ahead": ahead,
+            **{name: int(counts.sum()) for name, counts in fate.items()},
+            "pending": ahead - sum(int(counts.sum()) for counts in fate.values()),
+            "evictions": counters.ahead_evictions,
+        },
+        "bytes": {
+            "ahead": int(loader.profiler.ahead_bytes.sum()),
+            "in_time": int((counters.in_time * size).sum()),
+            "late": int((counters.late * size).sum()),
+            "unused": int((counters.unused * size).sum()),
+            "withdrawn": loader.profiler.withdrawn_bytes,
+        },
+        "layers": [
+            {
+                "layer": layer.layer,
+                "resident": int(counters.hits[at] - counters.in_time[at]),
+                **{name: int(counts[at]) for name, counts in fate.items()},
+                "missed": int(counters.misses[at] - counters.late[at]),
+                "recall": [
+                    _share(accuracy.found[d, at], accuracy.needed[d, at])
+                    for d in range(1, len(accuracy.needed))
+                ],
+            }
+            for at, layer in enumerate(spec.layers)
+        ],
+    }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(float(part) / float(whole), 4) if whole else None

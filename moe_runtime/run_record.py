@@ -39,8 +39,9 @@ def run_record(
     rss_before: int,
     simulated: bool,
     plan: dict[str, Any] | None = None,
+    prediction: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The record of `docs/formats.md`, section Run; `plan` is its section of that name."""
+    """The record of `docs/formats.md`, section Run; `plan` and `prediction` are sections of it."""
     whole = sum(layer.num_experts for layer in spec.layers)
     return {
         "format": "moe-runtime.run",
@@ -78,6 +79,7 @@ def run_record(
             "budget_used": budget.used,
         },
         "plan": plan,
+        "prediction": prediction,
         "simulation": _simulation(spec, config, budget, cache, profiler) if simulated else None,
         "comparison": None,
         "generated": [],

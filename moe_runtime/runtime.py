@@ -40,7 +40,13 @@ from moe_runtime.memory import free_memory, resident_set
 from moe_runtime.model_spec import MoESpec, read_spec
 from moe_runtime.paged import PagedParameter
 from moe_runtime.pinning import Pinning, PlanLike, open_plan
-from moe_runtime.prediction import PredictorLike, open_predictor, predict, predictor_name
+from moe_runtime.prediction import (
+    PredictorLike,
+    open_predictor,
+    predict,
+    prediction_record,
+    predictor_name,
+)
 from moe_runtime.predictors.base import Predictor
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
@@ -365,6 +371,7 @@ class Runtime:
                 rss_before=self.rss_before,
                 simulated=simulate,
                 plan=self.pinning.record(self.spec, self.cache) if self.pinning else None,
+                prediction=prediction_record(self.executor.loader, self.spec),
             )
 
     def expert_tensors(self, position: int, expert: int) -> tuple[torch.Tensor, ...]:

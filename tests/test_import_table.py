@@ -73,7 +73,7 @@ prefetch_planner  | cache forecast                         | numpy
 loader            | access cache forecast payoff predictors.base prefetch_planner profiler | torch
 slot_transfers    | cache device prefetch slots            |
 rows              | steps predictors.base                  | torch numpy
-prediction        | model_spec forecast loader payoff predictors.* prefetch_planner |
+prediction        | model_spec forecast loader payoff predictors.* prefetch_planner | numpy
 executor          | kernels.* model_spec access cache device eager loader prefetch profiler \
                     routing rows slot_transfers slots steps | torch numpy transformers
 interface         | executor                               | torch transformers
