@@ -18,6 +18,7 @@ from moe_runtime.loader import ExpertLoader, Prediction
 from moe_runtime.model_spec import MoESpec
 from moe_runtime.payoff import Payoff
 from moe_runtime.predictors.base import Predictor
+from moe_runtime.predictors.files import load_predictor
 from moe_runtime.prefetch_planner import PlannerRules, PrefetchPlanner
 
 __all__ = ["PredictorLike", "open_predictor", "predict", "prediction_record", "predictor_name"]
@@ -33,10 +34,14 @@ def predictor_name(predictor: PredictorLike | None) -> str | None:
 
 
 def open_predictor(predictor: PredictorLike | None, spec: MoESpec) -> Predictor | None:
-    """The predictor itself; a file is read and checked against the model."""
+    """The predictor itself; a file is read and checked against the model.
+
+    Raises:
+        PredictorError: the file is damaged, or made for another model.
+    """
     if predictor is None or not isinstance(predictor, str | os.PathLike):
         return predictor
-    raise NotImplementedError
+    return load_predictor(predictor, fingerprint=spec.fingerprint, grid=spec.grid)
 
 
 def predict(
