@@ -66,7 +66,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = ExpertCache(GRID, GROUP_OF, slots, fresh_policy(policy, GRID))
         self.slots = slots
         self.placed: dict[tuple[int, int], int] = {}  # (position, expert) -> slot
-        self.loading: set[tuple[int, int]] = set()
+        self.loading: set[tuple[int, int]] = set()  # needed by the step under way
+        self.ahead: set[tuple[int, int]] = set()  # loading before they are needed
+        self.unused: set[tuple[int, int]] = set()  # loaded so, and not used yet
+        self.expected: set[tuple[int, int]] = set()
+        self.fates = dict.fromkeys(("ahead", "in_time", "late", "unused", "withdrawn"), 0)
         self.pinned: set[tuple[int, int]] = set()
         self.position = -1  # of the layer step under way
         self.absent: list[int] = []
@@ -83,14 +87,21 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(position=st.integers(0, 3), chosen=st.sets(st.integers(0, 4)), tokens=st.integers(1, 40))
     def request(self, position: int, chosen: set[int], tokens: int) -> None:
         hits, late, misses = self.cache.request(access(position, list(chosen), tokens))
-        assert not late
-        held = {expert for expert in chosen if (position, expert) in self.placed}
+        coming = {expert for at, expert in self.ahead if at == position} & chosen
+        held = {expert for expert in chosen if (position, expert) in self.placed} - coming
         assert hits == sorted(held)
-        assert misses == sorted(chosen - held)
+        assert late == sorted(coming)
+        assert misses == sorted(chosen - held - coming)
         self.position, self.absent = position, misses
         self.pinned |= {(position, expert) for expert in hits}
+        self.loading |= {(position, expert) for expert in late}
+        self.ahead -= self.loading
+        first = {(position, expert) for expert in hits} & self.unused
+        self.unused -= first
+        self.fates["in_time"] += len(first)
+        self.fates["late"] += len(late)
         self.hits[position] += len(hits)
-        self.misses[position] += len(misses)
+        self.misses[position] += len(misses) + len(late)
         self.permanent_hits[position] += sum((position, e) in self.permanent for e in hits)
 
     @precondition(lambda self: self.absent)
@@ -107,9 +118,9 @@ class CacheMachine(RuleBasedStateMachine):
         gone = {key for key in before if self.cache.slot(*key) < 0}
         assert gone <= evictable
         assert len(gone) == max(0, len(granted) - free)
-        for key in gone:
-            del self.placed[key]
-        self.evictions += len(gone)
+        if gone & self.expected:  # only when there was nothing else
+            assert not (evictable - gone) - self.expected
+        self._left(gone)
         for expert in granted:
             key = (self.position, expert)
             self.placed[key] = self.cache.slot(*key)
@@ -126,6 +137,49 @@ class CacheMachine(RuleBasedStateMachine):
         self.rereads += key in self.seen
         self.seen.add(key)
 
+    @rule(position=st.integers(0, 3), expert=st.integers(0, 4))
+    def load_ahead(self, position: int, expert: int) -> None:
+        if (position, expert) in self.placed or expert in self.absent:
+            return
+        free = self.cache.free_slots(position)
+        evictable = self._evictable(GROUP_OF[position]) - self.expected
+        before = dict(self.placed)
+        assert self.cache.load_ahead(position, expert) == bool(free or evictable)
+        gone = {key for key in before if self.cache.slot(*key) < 0}
+        assert gone <= evictable
+        assert len(gone) == (not free and bool(evictable))
+        self._left(gone)
+        if free or evictable:
+            self.placed[position, expert] = self.cache.slot(position, expert)
+            self.ahead.add((position, expert))
+            self.fates["ahead"] += 1
+
+    @precondition(lambda self: self.ahead)
+    @rule(data=st.data(), arrives=st.booleans())
+    def end_ahead(self, data: st.DataObject, arrives: bool) -> None:
+        key = data.draw(st.sampled_from(sorted(self.ahead)))
+        self.ahead.remove(key)
+        if arrives:
+            self.cache.settle_ahead(*key)
+            self.unused.add(key)
+            self.rereads += key in self.seen
+            self.seen.add(key)
+        else:
+            self.cache.drop_ahead(*key)
+            del self.placed[key]
+            self.fates["withdrawn"] += 1
+
+    @rule(position=st.integers(0, 3), experts=st.sets(st.integers(0, 4)))
+    def expect(self, position: int, experts: set[int]) -> None:
+        self.cache.expect(position, sorted(experts))
+        self.expected = {key for key in self.expected if key[0] != position}
+        self.expected |= {(position, expert) for expert in experts}
+
+    @rule()
+    def expect_nothing(self) -> None:
+        self.cache.expect_nothing()
+        self.expected.clear()
+
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -136,9 +190,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.position >= 0 and not self.pinned)
     @rule(data=st.data())
     def pin_again(self, data: st.DataObject) -> None:
-        residents = sorted(
-            key for key in self.placed if key[0] == self.position and key not in self.loading
-        )
+        residents = sorted(key for key in self._residents() if key[0] == self.position)
         if residents:
             key = data.draw(st.sampled_from(residents))
             self.cache.pin(*key)
@@ -147,7 +199,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.permanent) < 5)
     @rule(data=st.data())
     def make_permanent(self, data: st.DataObject) -> None:
-        residents = sorted(set(self.placed) - self.loading)
+        residents = sorted(self._residents())
         if residents:
             position, expert = data.draw(st.sampled_from(residents))
             self.cache.make_permanent(position, [expert])
@@ -161,10 +213,11 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def abandon(self) -> None:
         self.cache.abandon()
-        for key in self.loading:
+        for key in self.loading | self.ahead:
             del self.placed[key]
-        self.loading.clear()
-        self.pinned.clear()
+        self.fates["withdrawn"] += len(self.ahead)
+        for keys in (self.loading, self.ahead, self.pinned, self.expected):
+            keys.clear()
         self.position, self.absent = -1, []
 
     @precondition(lambda self: self.position < 0)
@@ -175,6 +228,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.misses = [0] * len(GROUP_OF)
         self.permanent_hits = [0] * len(GROUP_OF)
         self.evictions = self.rereads = 0
+        self.fates = dict.fromkeys(self.fates, 0)
+        self.fates["ahead"] = len(self.ahead) + len(self.unused)
 
     # -- what always holds ----------------------------------------------------------------------
 
@@ -186,20 +241,34 @@ class CacheMachine(RuleBasedStateMachine):
             for expert in range(count):
                 key = (position, expert)
                 assert cache.slot(*key) == self.placed.get(key, -1)
-                assert cache.is_resident(*key) == (key in self.placed and key not in self.loading)
+                assert cache.is_resident(*key) == (key in self._residents())
             whole = all(cache.is_resident(position, expert) for expert in range(count))
             assert cache.all_resident(position) == whole
-        resident = sorted(GRID.offsets[p] + e for p, e in set(self.placed) - self.loading)
+            mine = {expert for at, expert in self.ahead if at == position}
+            assert set(cache.loading_ahead(position)) == mine
+        resident = sorted(GRID.offsets[p] + e for p, e in self._residents())
         assert cache.residents().tolist() == resident
         assert cache.counters.hits.tolist() == self.hits
         assert cache.counters.misses.tolist() == self.misses
         assert cache.counters.permanent_hits.tolist() == self.permanent_hits
-        assert self.permanent <= set(self.placed) - self.loading
+        assert self.permanent <= self._residents()
+        for name, count in self.fates.items():
+            assert int(getattr(cache.counters, name).sum()) == count, name
         for position in range(len(GROUP_OF)):
             mine = {expert for at, expert in self.permanent if at == position}
             assert cache.permanent(position) == mine
         assert cache.counters.evictions == self.evictions
         assert cache.counters.rereads == self.rereads
+
+    def _residents(self) -> set[tuple[int, int]]:
+        return set(self.placed) - self.loading - self.ahead
+
+    def _left(self, gone: set[tuple[int, int]]) -> None:
+        for key in gone:
+            del self.placed[key]
+        self.evictions += len(gone)
+        self.fates["unused"] += len(gone & self.unused)
+        self.unused -= gone
 
     def _held(self, group: int) -> int:
         return sum(GROUP_OF[position] == group for position, _ in self.placed)
@@ -208,7 +277,7 @@ class CacheMachine(RuleBasedStateMachine):
         return {
             key
             for key in self.placed
-            if GROUP_OF[key[0]] == group and key not in self.loading | self.pinned | self.permanent
+            if GROUP_OF[key[0]] == group and key in self._residents() - self.pinned - self.permanent
         }
 
 
