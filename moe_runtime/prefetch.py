@@ -69,6 +69,10 @@ class LinkMeter:
         """Bytes a second; None before anything was measured."""
         return self._bytes / self._seconds if self._seconds > 0 else None
 
+    def assume(self, rate: float) -> None:
+        """Measured beforehand; what is read later counts with it, and outweighs it soon."""
+        self._bytes, self._seconds = rate * self._SPAN, self._SPAN
+
     def begin(self, now: float) -> None:
         """The link was idle and has work now."""
         self._since = now
@@ -122,6 +126,19 @@ class Fetcher:
     def rate(self) -> float | None:
         """Bytes a second that arrive while anything is being read; None before it is known."""
         return self._meter.rate
+
+    def measure_copies(self, nbytes: int, times: int = 3) -> None:
+        """Time copies of so many bytes from host memory to the device, for `rate`.
+
+        Copies end unseen by the host, so that a link that only copies is measured beforehand.
+        """
+        source, target = self._device.allocate_host(nbytes), self._device.allocate(nbytes)
+        taken = []
+        for _ in range(times):
+            begin = time.perf_counter()
+            self._device.finish(self._device.copy([(target, source)], self._device.fence()))
+            taken.append(time.perf_counter() - begin)
+        self._meter.assume(nbytes / max(sorted(taken)[times // 2], 1e-9))
 
     def submit(
         self,

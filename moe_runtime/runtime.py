@@ -204,6 +204,8 @@ class Runtime:
             by_rows=by_rows,
         )
         if self.predictor is not None:
+            if not self.device.is_cpu:
+                self._fetcher.measure_copies(max(layer.expert_bytes for layer in self.spec.layers))
             predict(self.executor.loader, self.spec, self.predictor, self.config.prediction_options)
         if by_rows:
             self._forms = [replace(form, transposed=True) for form in self._forms]
