@@ -70,7 +70,7 @@ class LaterDevice:
                 self.faults.append(f"a slot last used at {used} is overwritten after {after}")
             if any(target.data_ptr() == t.data_ptr() for c in self.pending() for t, _ in c.pairs):
                 self.faults.append("two copies into one slot at once")
-            target.fill_(torch.nan)
+            target.view(torch.uint8).fill_(0xFF)  # NaN in every float type
         self.copies = [copy for copy in self.copies if not copy.done]
         self.copies.append(Copy(pairs, ahead))
         return self.copies[-1]
