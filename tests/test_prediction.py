@@ -196,25 +196,25 @@ def test_a_failed_read_ahead_of_need_is_tried_again_when_it_is_needed(
     eager_tokens: torch.Tensor,
     fail_at: FailAt,
 ) -> None:
-    path = tiny_checkpoints.per_expert
-    failed = survived = 0
-    for number in (5, 40, 90, 140):
-        model = load(path, predictor=Guess(GRID, number), prediction_options=ACT)
+    def io_error() -> int:
+        raise OSError(5, "Input/output error")
 
-        def io_error() -> int:
-            raise OSError(5, "Input/output error")
-
+    # Which read is one ahead of need is a matter of timing; about half of them are.
+    for number in range(5, 200, 8):
+        model = load(
+            tiny_checkpoints.per_expert, predictor=Guess(GRID, number), prediction_options=ACT
+        )
         fail_at(number, io_error)
         try:
             found = generate(model, prompt)
         except ExpertReadError:
-            failed += 1
-        else:
-            survived += 1
-            assert torch.equal(found, eager_tokens)
+            assert_usable(model, prompt, eager_tokens)
+            continue
+        assert torch.equal(found, eager_tokens)
         assert_usable(model, prompt, eager_tokens)
         assert_accounted(model)
-    assert survived
+        return
+    pytest.fail("no failed read was one ahead of need")
 
 
 @pytest.mark.parametrize(
