@@ -236,7 +236,7 @@ def test_what_is_no_predictor_file_is_refused(
 ) -> None:
     path = tmp_path / "x.predictor.safetensors"
     path.write_bytes(b"nothing")
-    with pytest.raises(PredictorError, match="no such|damaged|safetensors"):
+    with pytest.raises(PredictorError, match=r"x\.predictor"):
         load(tiny_checkpoints.fused, predictor=path)
 
 
