@@ -70,7 +70,7 @@ def _experts_forward(
         )
     with torch.no_grad():
         output = handle.executor.forward(handle, module, hidden_states, top_k_index, top_k_weights)
-    return refuse_gradients(output, hidden_states, top_k_weights) if wants_gradient else output  # type: ignore[no-any-return]
+    return refuse_gradients(output, hidden_states, top_k_weights) if wants_gradient else output
 
 
 def refuse_gradients(output: Any, *sources: torch.Tensor) -> Any:
@@ -132,9 +132,7 @@ class Previous:
     finalizers: tuple[weakref.finalize[Any, Any], ...] = ()
 
 
-def take_over(
-    model: PreTrainedModel, handles: Sequence[tuple[nn.Module, LayerHandle]]
-) -> Previous:
+def take_over(model: PreTrainedModel, handles: Sequence[tuple[nn.Module, LayerHandle]]) -> Previous:
     """Let these experts modules of a model run by their handles' executor."""
     if not handles:
         return Previous(names=None)

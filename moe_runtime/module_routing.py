@@ -55,7 +55,7 @@ class Reading:
                 has an element for each token, each choice of a token, or each token and expert; if
                 there is none, each weight is 1.
         """
-        tokens, experts = self.pairs.shape
+        experts = self.pairs.shape[1]
         weights = self._weights(floats)
         uses = self.pairs > 0
         scores = torch.where(uses, weights, torch.full_like(weights, -torch.inf))
@@ -104,7 +104,7 @@ def readings(
     for place, tensor in enumerate(whole):
         if tensor.dtype != torch.bool and tensor.numel() and tensor.numel() % tokens == 0:
             chosen = tensor.reshape(tokens, -1).long()
-            if 0 <= int(chosen.min()) and int(chosen.max()) < experts:
+            if int(chosen.min()) >= 0 and int(chosen.max()) < experts:
                 yield _by_index(f"indices {place}", chosen, experts)
     for place, tensor in enumerate(tensors):
         scores = tensor.is_floating_point() and tensor.numel() == tokens * experts

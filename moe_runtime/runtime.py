@@ -45,7 +45,7 @@ from moe_runtime.loading import (
 )
 from moe_runtime.memory import free_memory, resident_set
 from moe_runtime.model_spec import MoESpec, read_spec
-from moe_runtime.module_calls import ModuleCalls
+from moe_runtime.module_hooks import ModuleHooks
 from moe_runtime.pinning import Pinning, PlanLike, open_plan
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
@@ -258,7 +258,7 @@ class Runtime:
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
-        hooks += ModuleCalls(self.executor, self.spec.layers).install(model)
+        hooks += ModuleHooks(self.executor, self.spec.layers).install(model)
         self._previous = interface.take_over(
             model,
             [
