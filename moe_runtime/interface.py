@@ -142,10 +142,10 @@ def take_over(model: PreTrainedModel, handles: Sequence[tuple[nn.Module, LayerHa
     for config in configs.values():
         remember_previous(config)
         finalizers.append(weakref.finalize(model, forget_previous, id(config)))
-    names = dict(model.get_experts_implementation())
-    for key in names:
+    names = {}
+    for key, name in model.get_experts_implementation().items():
         inner = getattr(model.config, key) if key else model.config
-        names[key] = previous_implementation(inner) or names[key] or "eager"
+        names[key] = previous_implementation(inner) or name or "eager"
     model.set_experts_implementation(IMPLEMENTATION)
     for module, handle in handles:
         config = configs[id(module.config)]
