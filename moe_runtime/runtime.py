@@ -117,6 +117,11 @@ class Runtime:
         # A copied model shares slots and counters with the one it was copied from.
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise AttachError(
+            "a model in an expert budget cannot be pickled: save_pretrained it, or detach it first"
+        )
+
     # -- building -------------------------------------------------------------------------------
 
     def open(
