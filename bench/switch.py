@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
+    given.checkpoint = given.checkpoint.resolve()
     if not (given.checkpoint / "model.safetensors.index.json").exists():
         write_checkpoint(given.checkpoint, given.layers)
     spec, _ = moe_runtime.inspect_checkpoint(given.checkpoint)
@@ -244,6 +245,7 @@ def main() -> None:
     machine = describe_machine()
     disk = direct_read_rate(given.checkpoint / "shard-0.safetensors")
     nothing = run({**task, "way": "nothing", "batch": 1}, limit=None)
+    assert nothing["failure"] is None, nothing["failure"]
     imports = nothing["peak_bytes"]
     result: dict[str, Any] = {}
     for batch in given.batch:

@@ -51,9 +51,9 @@ class Reading:
         """Ids int64 `[T, K]` and weights float32 `[T, K]`, largest weight first; ids of E: none.
 
         Args:
-            floats: tensors among which the weights may be. They are taken from the last one that
-                has an element for each token, each choice of a token, or each token and expert; if
-                there is none, each weight is 1.
+            floats: tensors among which the weights may be. They are taken from the last one
+                without negative elements that has one for each token, each choice of a token, or
+                each token and expert; if there is none, each weight is 1.
         """
         experts = self.pairs.shape[1]
         weights = self._weights(floats)
@@ -71,6 +71,8 @@ class Reading:
         tokens, experts = self.pairs.shape
         for given in reversed(floats):
             tensor = given.detach().float()
+            if bool((tensor < 0).any()):
+                continue  # a router's raw scores
             if self.chosen is not None and tensor.numel() == self.chosen.numel():
                 each = tensor.reshape(self.chosen.shape).masked_fill(self.chosen < 0, 0.0)
                 empty = tensor.new_zeros(tokens, experts)
@@ -110,7 +112,8 @@ def readings(
         scores = tensor.is_floating_point() and tensor.numel() == tokens * experts
         if scores and tensor.shape[-1] == experts:
             chosen = tensor.detach().reshape(tokens, experts).topk(top_k, dim=-1).indices
-            yield _by_index(f"scores {place}", chosen, experts)
+            pairs = _by_index("", chosen, experts).pairs
+            yield Reading(name=f"scores {place}", pairs=pairs, choices=top_k)
 
 
 def _mask(
