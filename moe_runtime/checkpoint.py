@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,15 +119,16 @@ def map_experts(
         UnsupportedModelError: stored as something that cannot be read in place.
     """
     wanted = {
-        f"{layer.path}.{param.name}": (position, number)
+        key: (position, number, expert)
         for position, layer in enumerate(spec.layers)
         for number, param in enumerate(layer.params)
+        for expert, key in enumerate(layer.keys(param))
     }
     collected, converters, names = _collect(model, files, set(model_keys), wanted, key_mapping)
     segments: list[list[list[Segment]]] = [
         [[] for _ in range(layer.num_experts)] for layer in spec.layers
     ]
-    for name, (position, number) in wanted.items():
+    for name, (position, number, expert) in wanted.items():
         layer = spec.layers[position]
         source = collected.get(name)
         if source is None:
@@ -136,8 +137,11 @@ def map_experts(
                 "the checkpoint is incomplete or belongs to another model"
             )
         recipe = _Recipe(name, layer, number, files.paths)
-        for expert, pieces in enumerate(recipe.follow(source, converters.get(name))):
-            segments[position][expert].extend(pieces)
+        if layer.modules:
+            segments[position][expert].append(recipe.alone(expert, source, converters.get(name)))
+            continue
+        for place, pieces in enumerate(recipe.follow(source, converters.get(name))):
+            segments[position][place].extend(pieces)
     return ExpertMap(
         paths=files.paths,
         segments=tuple(
@@ -148,7 +152,8 @@ def map_experts(
             {
                 names[entry.name]: entry
                 for param in layer.params
-                for entries in collected[f"{layer.path}.{param.name}"].values()
+                for key in layer.keys(param)
+                for entries in collected[key].values()
                 for entry in entries
             }
             for layer in spec.layers
@@ -216,7 +221,7 @@ def _collect(
     model: PreTrainedModel,
     files: CheckpointFiles,
     model_keys: set[str],
-    wanted: Mapping[str, tuple[int, int]],
+    wanted: Collection[str],
     key_mapping: dict[str, str] | None,
 ) -> tuple[
     dict[str, dict[str, list[StoredTensor]]],
@@ -274,7 +279,7 @@ def _files_text(files: CheckpointFiles) -> str:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """Follows the conversion of one model tensor `[experts, ...]`, expert by expert."""
+    """Follows the conversion of one model tensor, `[experts, ...]` or of one expert alone."""
 
     name: str
     layer: MoELayer
@@ -297,6 +302,21 @@ class _Recipe:
         for expert, pieces in enumerate(result):
             self._check(expert, pieces)
         return result
+
+    def alone(
+        self,
+        expert: int,
+        source: Mapping[str, list[StoredTensor]],
+        converter: WeightConverter | None,
+    ) -> Segment:
+        """The range of the one tensor that is an expert's alone, checked against its shape."""
+        entries = [entry for entries in source.values() for entry in entries]
+        if converter is not None or len(entries) != 1:
+            raise self._unsupported(f"a conversion of {len(entries)} tensors into one expert's")
+        piece = self._segment(entries[0], entries[0].offset, entries[0].shape)
+        if piece.shape != self.param.shape:
+            raise self._misfit(expert, piece.file, piece.shape)
+        return piece
 
     def _convert(
         self, source: Mapping[str, list[StoredTensor]], converter: WeightConverter
@@ -399,10 +419,13 @@ class _Recipe:
             found = tuple(reversed(piece.shape)) if piece.transposed else piece.shape
             fits = found == shape if piece.transposed else found[1:] == shape[1:]
             if not fits or (not piece.transposed and rows != shape[0]):
-                raise CheckpointError(
-                    f"{self.name} expert {expert} in {self.paths[piece.file]}: stored shape "
-                    f"{found}, but the model's expert is {shape}; wrong config.json or checkpoint"
-                )
+                raise self._misfit(expert, piece.file, found)
+
+    def _misfit(self, expert: int, file: int, found: tuple[int, ...]) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name} expert {expert} in {self.paths[file]}: stored shape {found}, but the "
+            f"model's expert is {self.param.shape}; wrong config.json or checkpoint"
+        )
 
     def _shape_error(self, entry: StoredTensor) -> CheckpointError:
         shape = (self.layer.num_experts, *self.param.shape)

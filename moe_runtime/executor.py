@@ -306,6 +306,23 @@ class Executor:
         eager.finish()
         return output
 
+    # -- experts that are modules of their own; the caller is `exclusive` --------------------------
+
+    def ascending(self, access: Access) -> Iterator[int]:
+        """Every expert of one layer step in ascending order, while it is in its slot."""
+        return self._in_ascending_order(access)
+
+    def held(self, position: int, expert: int | None) -> tuple[torch.Tensor, ...]:
+        """The tensors of an expert that is in its slot; those of any slot for None."""
+        pool = self._pools[self.cache.group(position)]
+        return pool.tensors(0 if expert is None else self.cache.slot(position, expert))
+
+    def undo(self) -> None:
+        """After a failure: whatever was under way is undone, and the cache whole."""
+        self.end_call()
+        self.fetcher.cancel()
+        self.cache.abandon()
+
     # -- getting experts into slots -------------------------------------------------------------
 
     def preload(self, wanted: Sequence[Sequence[int]] | None = None) -> None:

@@ -23,6 +23,8 @@ def lies_by_rows(spec: MoESpec, layout: str, *, on_cpu: bool, exact: bool, fits:
         layout: `"native"`, `"rows"` or `"auto"`.
         fits: whether the budget holds every expert.
     """
+    if any(layer.modules for layer in spec.layers):
+        return False  # each expert computes for itself, with its weights as it knows them
     if not on_cpu or exact or layout == "native" or (layout == "auto" and not fits):
         return False
     dtypes = {param.dtype for params in spec.groups for param in params}

@@ -16,12 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_runtime.errors import CheckpointError, UnsupportedModelError
-from moe_runtime.model_spec import (
-    MoESpec,
-    expert_parameter_names,
-    find_experts_modules,
-    read_spec,
-)
+from moe_runtime.expert_tensors import drop_expert_tensors
+from moe_runtime.model_spec import MoESpec, read_spec
 from moe_runtime.safetensors_index import HUB_OPTIONS
 
 __all__ = ["Structure", "build_structure", "load_without_experts", "resolve_class"]
@@ -116,15 +112,16 @@ def _lean_class(cls: type[PreTrainedModel], structure: Structure) -> type[PreTra
         cls.__init__(self, config, *args, **kwargs)
         structure.spec = read_spec(self)
         structure.keys = list(self.state_dict())
-        ignored = []
-        for path, module in find_experts_modules(self):
-            for name in expert_parameter_names(module):
-                module._parameters[name] = None
-                ignored.append(_key_pattern(self, path, name))
-            # There is nothing of it to initialise, and its class, or that of the block around it,
-            # would try.
-            for owner in (module, self.get_submodule(path.rpartition(".")[0])):
-                owner._is_hf_initialized = True
+        # There is nothing of them to initialise, and their classes, or those of the blocks around
+        # them, would try.
+        for owner in drop_expert_tensors(self, structure.spec):
+            owner._is_hf_initialized = True  # type: ignore[assignment]
+        ignored = [
+            _key_pattern(self, key)
+            for layer in structure.spec.layers
+            for param in layer.params
+            for key in layer.keys(param)
+        ]
         structure.ignored = set(self._keys_to_ignore_on_load_unexpected or ())
         self._keys_to_ignore_on_load_unexpected = structure.ignored | set(ignored)
 
@@ -136,10 +133,10 @@ def _lean_class(cls: type[PreTrainedModel], structure: Structure) -> type[PreTra
     )
 
 
-def _key_pattern(model: PreTrainedModel, path: str, name: str) -> str:
+def _key_pattern(model: PreTrainedModel, key: str) -> str:
     """Matches exactly this expert tensor's key, with or without the base model's prefix."""
-    short = path.removeprefix(f"{model.base_model_prefix}.")
-    return rf"(^|\.){re.escape(short)}\.{re.escape(name)}$"
+    short = key.removeprefix(f"{model.base_model_prefix}.")
+    return rf"(^|\.){re.escape(short)}$"
 
 
 def load_without_experts(

@@ -1,6 +1,7 @@
 """`MoESpec`: the MoE layers, experts and their bytes, read off a model by structure.
 
-Knows transformers' experts interface; does not know checkpoints, caches or budgets.
+Knows transformers' experts interface, and experts that are modules of their own; does not know
+checkpoints, caches or budgets.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from moe_runtime.core import ExpertGrid
 from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.expert_modules import ExpertModules, find_expert_modules, parameter_shapes
 
 __all__ = [
     "ExpertParam",
@@ -74,7 +76,10 @@ class ExpertParam:
 class MoELayer:
     """One experts module: its absolute layer index, module path, and what an expert consists of.
 
-    `transposed` says that the model itself has its weights `[in, out]`.
+    `transposed` says that the model itself has its weights `[in, out]`. `modules` are the experts'
+    names in the module at `path`, by expert number, where each is a module of its own; `router` is
+    then the path of their router, empty if none was found, and `scope` that of the module whose
+    forward runs them. Where experts are slices of tensors, all three are empty.
     """
 
     layer: int
@@ -84,6 +89,15 @@ class MoELayer:
     top_k: int
     params: tuple[ExpertParam, ...]
     transposed: bool = False
+    modules: tuple[str, ...] = ()
+    router: str = ""
+    scope: str = ""
+
+    def keys(self, param: ExpertParam) -> tuple[str, ...]:
+        """The model's names of one tensor: `[experts, ...]`, or one for each expert."""
+        if not self.modules:
+            return (f"{self.path}.{param.name}",)
+        return tuple(f"{self.path}.{module}.{param.name}" for module in self.modules)
 
     @property
     def expert_bytes(self) -> int:
@@ -159,49 +173,85 @@ def read_spec(model: PreTrainedModel, *, model_id: str = "") -> MoESpec:
     """Read the structure of a model (on any device, the meta device included).
 
     Raises:
-        UnsupportedModelError: no MoE layer that the experts interface dispatches; the message
-            names what was found instead.
+        UnsupportedModelError: no MoE layer that the experts interface dispatches and no list of
+            expert modules; the message names what was found instead.
     """
-    found = find_experts_modules(model)
-    if not found:
+    stacked = find_experts_modules(model)
+    apart = find_expert_modules(model, apart_from=[path for path, _ in stacked])
+    if not stacked and not apart:
         raise UnsupportedModelError(_why_unsupported(model))
     modules = dict(model.named_modules())
     used: set[int] = set()
     layers = []
-    expert_bytes = 0
-    for path, module in found:
-        params = tuple(
-            ExpertParam(name=name, shape=tuple(tensor.shape[1:]), dtype=tensor.dtype)
-            for name in expert_parameter_names(module)
-            for tensor in [module._parameters[name]]
-            if tensor is not None
-        )
-        if not params:
-            raise UnsupportedModelError(
-                f"experts module {path} ({type(module).__name__}) has no expert tensors"
-            )
-        layer = _layer_index(path)
-        while layer in used:
-            layer += _REPEATED_LAYER_OFFSET
-        used.add(layer)
-        entry = MoELayer(
-            layer=layer,
-            path=path,
-            class_name=type(module).__name__,
-            num_experts=int(module.num_experts),  # type: ignore[arg-type]
-            top_k=_top_k(path, module, modules),
-            params=params,
-            transposed=bool(module.is_transposed),
-        )
-        layers.append(entry)
-        expert_bytes += entry.num_experts * entry.expert_bytes
+    for path, module in stacked:
+        layers.append(_stacked_layer(path, module, modules, _free_index(_layer_index(path), used)))
+    stacks: dict[str, int] = {}
+    for found in apart:
+        stack, index = _stack_and_index(found.path)
+        index += _REPEATED_LAYER_OFFSET * stacks.setdefault(stack, len(stacks))
+        layers.append(_modules_layer(found, modules, _free_index(index, used), model.config))
     total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in _distinct(model))
     return MoESpec(
         model_class=type(model).__name__,
         model_id=model_id or str(getattr(model.config, "name_or_path", "") or ""),
         layers=tuple(layers),
-        dense_bytes=total - expert_bytes,
+        dense_bytes=total - sum(entry.num_experts * entry.expert_bytes for entry in layers),
     )
+
+
+def _stacked_layer(
+    path: str, module: nn.Module, modules: dict[str, nn.Module], layer: int
+) -> MoELayer:
+    """A layer whose experts are slices of tensors."""
+    params = tuple(
+        ExpertParam(name=name, shape=tuple(tensor.shape[1:]), dtype=tensor.dtype)
+        for name in expert_parameter_names(module)
+        for tensor in [module._parameters[name]]
+        if tensor is not None
+    )
+    if not params:
+        raise UnsupportedModelError(
+            f"experts module {path} ({type(module).__name__}) has no expert tensors"
+        )
+    count = int(module.num_experts)  # type: ignore[arg-type]
+    return MoELayer(
+        layer=layer,
+        path=path,
+        class_name=type(module).__name__,
+        num_experts=count,
+        top_k=_top_k(path, module, modules, module.config) or count,
+        params=params,
+        transposed=bool(module.is_transposed),
+    )
+
+
+def _modules_layer(
+    found: ExpertModules, modules: dict[str, nn.Module], layer: int, config: Any
+) -> MoELayer:
+    """A layer whose experts are modules; where nothing says how many a token has, it is one."""
+    expert = found.container.get_submodule(found.experts[0])
+    return MoELayer(
+        layer=layer,
+        path=found.path,
+        class_name=type(found.container).__name__,
+        num_experts=len(found.experts),
+        top_k=_top_k(found.path, found.container, modules, config, len(found.experts)) or 1,
+        params=tuple(
+            ExpertParam(name=name, shape=shape, dtype=dtype)
+            for name, shape, dtype in parameter_shapes(expert)
+        ),
+        modules=found.experts,
+        router=found.router,
+        scope=found.scope,
+    )
+
+
+def _free_index(layer: int, used: set[int]) -> int:
+    """A layer index that no earlier layer has."""
+    while layer in used:
+        layer += _REPEATED_LAYER_OFFSET
+    used.add(layer)
+    return layer
 
 
 def _distinct(model: nn.Module) -> Iterable[torch.Tensor]:
@@ -215,25 +265,39 @@ def _layer_index(path: str) -> int:
     return int(numbers[-1]) if numbers else 0
 
 
-def _top_k(path: str, module: nn.Module, modules: dict[str, nn.Module]) -> int:
-    """Experts a token: from the block around the experts, its router, or the configuration."""
+def _stack_and_index(path: str) -> tuple[str, int]:
+    """The list of layers that a path leads through, and the place in it.
+
+    `encoder.block.3.layer.1.mlp.experts` is layer 3 of `encoder.block`: the outermost list counts.
+    """
+    number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return (path[: number.start()], int(number[1])) if number else (path, 0)
+
+
+def _top_k(
+    path: str, module: nn.Module, modules: dict[str, nn.Module], config: Any, count: int = 0
+) -> int:
+    """Experts a token: from the block around the experts, its router, or the configuration.
+
+    0 if none of them says it.
+    """
     parent_path = path.rpartition(".")[0]
     parent = modules.get(parent_path)
     places: list[Any] = [module]
     if parent is not None:
         places += [parent, *parent.children()]
-    places.append(module.config)
-    limit = int(module.num_experts)  # type: ignore[arg-type]
+    places.append(config)
+    limit = count or int(module.num_experts)  # type: ignore[arg-type]
     for place in places:
         for name in _TOP_K_NAMES:
             value = getattr(place, name, None)
             if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit:
                 return value
-    return limit
+    return 0
 
 
 def _why_unsupported(model: nn.Module) -> str:
-    """Say what looks like experts in a model without the interface."""
+    """Say what looks like experts in a model without any that can be paged."""
     suspects = sorted(
         {
             type(module).__name__
@@ -244,7 +308,8 @@ def _why_unsupported(model: nn.Module) -> str:
     name = type(model).__name__
     if suspects:
         return (
-            f"{name} holds its experts outside transformers' experts interface "
+            f"{name} holds its experts outside transformers' experts interface, and not as a list "
+            "of equal modules beside a router that says how many there are "
             f"(found {', '.join(suspects)}); the runtime cannot page them. "
             "Load it with plain transformers, or ask upstream for @use_experts_implementation."
         )

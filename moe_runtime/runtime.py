@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moe_runtime import interface
@@ -27,7 +28,13 @@ from moe_runtime.device import Device, open_device
 from moe_runtime.errors import AttachError, BudgetError, UnsupportedModelError
 from moe_runtime.eviction import make_policy
 from moe_runtime.executor import Executor, LayerHandle, expert_form
-from moe_runtime.interface import HANDLE, IMPLEMENTATION
+from moe_runtime.expert_tensors import (
+    Indexed,
+    held_tensors,
+    keep_experts,
+    move_dense,
+    place_placeholders,
+)
 from moe_runtime.kernels import ExpertForm
 from moe_runtime.layout import flipped_groups, largest_whole_row, lies_by_rows
 from moe_runtime.loading import (
@@ -38,7 +45,7 @@ from moe_runtime.loading import (
 )
 from moe_runtime.memory import free_memory, resident_set
 from moe_runtime.model_spec import MoESpec, read_spec
-from moe_runtime.paged import PagedParameter
+from moe_runtime.module_hooks import ModuleHooks
 from moe_runtime.pinning import Pinning, PlanLike, open_plan
 from moe_runtime.prediction import (
     PredictorLike,
@@ -56,8 +63,8 @@ from moe_runtime.run_record import run_record
 from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, resolve_shards
 from moe_runtime.saving import ExpertStateDict
 from moe_runtime.slots import SlotPool, slot_bytes
-from moe_runtime.steps import begin_step
-from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store, Tensors
+from moe_runtime.steps import begin_step, step_modules
+from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store
 from moe_runtime.trace_writer import open_writer
 
 __all__ = [
@@ -112,9 +119,8 @@ class Runtime:
         self.cache: ExpertCache
         self.executor: Executor
         self.profiler = Profiler(layers=len(spec.layers), grid_size=spec.grid.size)
-        self._forms: list[ExpertForm] = []
-        self._previous: dict[str, Any] = {}
-        self._finalizers: list[weakref.finalize[Any, Any]] = []
+        self._forms: list[ExpertForm | None] = []  # of experts that are slices of tensors
+        self._previous: interface.Previous
         self._fetcher: Fetcher
         self._recorders: list[Recorder] = []
 
@@ -122,20 +128,25 @@ class Runtime:
         # A copied model shares slots and counters with the one it was copied from.
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise AttachError(
+            "a model in an expert budget cannot be pickled: save_pretrained it, or detach it first"
+        )
+
     # -- building -------------------------------------------------------------------------------
 
     def open(
         self,
         *,
         experts: ExpertMap | None = None,
-        stacked: Sequence[Tensors] = (),
+        indexed: Sequence[tuple[Indexed, ...]] = (),
         in_place: bool = False,
     ) -> None:
         """Make store, slots, cache and executor.
 
         Args:
             experts: where the checkpoint's files hold each expert; None if they are in memory.
-            stacked: else, for each layer its tensors `[experts, ...]`.
+            indexed: else, for each layer its tensors, each indexed by expert.
             in_place: these tensors serve as slots; nothing is allocated.
         """
         threads = self.config.reader_threads
@@ -170,7 +181,7 @@ class Runtime:
             groups = list(range(len(self.spec.layers)))
             pools = [
                 SlotPool.over(layer.params, tensors)
-                for layer, tensors in zip(self.spec.layers, stacked, strict=True)
+                for layer, tensors in zip(self.spec.layers, indexed, strict=True)
             ]
             self.budget = BudgetPlan(
                 total=0,
@@ -184,7 +195,7 @@ class Runtime:
             )
         policy = make_policy(self.config.policy, grid, **self.config.policy_options)
         self.cache = ExpertCache(grid, groups, counts, policy)
-        store: Store = ParameterStore(stacked)
+        store: Store = ParameterStore(indexed)
         if experts is not None:
             store = DiskStore(experts, self.spec, chunk=self.budget.chunk)
         self._fetcher = Fetcher(
@@ -208,7 +219,7 @@ class Runtime:
                 self._fetcher.measure_copies(max(layer.expert_bytes for layer in self.spec.layers))
             predict(self.executor.loader, self.spec, self.predictor, self.config.prediction_options)
         if by_rows:
-            self._forms = [replace(form, transposed=True) for form in self._forms]
+            self._forms = [form and replace(form, transposed=True) for form in self._forms]
         if in_place:
             self.cache.adopt_all()
         # The runtime outlives the model that it was made for where a deep copy of that goes on.
@@ -239,7 +250,8 @@ class Runtime:
     def _read_forms(self) -> None:
         model = self.model
         self._forms = [
-            expert_form(model.get_submodule(layer.path), layer) for layer in self.spec.layers
+            None if layer.modules else expert_form(model.get_submodule(layer.path), layer)
+            for layer in self.spec.layers
         ]
 
     def _host_tier(self) -> HostTier:
@@ -258,57 +270,35 @@ class Runtime:
         return HostTier(self.spec, counts, self.device.allocate_host, self.device.finish)
 
     def install(self) -> None:
-        """Hook into the model: handles on its experts modules, hooks around its forward."""
+        """Hook into the model: its experts, and around its forward calls."""
         model = self.model
-        modules = dict(model.named_modules())
-        owned = [(at, layer, modules[layer.path]) for at, layer in enumerate(self.spec.layers)]
-        interface.register()
-        configs = {id(module.config): module.config for _, _, module in owned}
-        for config in configs.values():
-            interface.remember_previous(config)
-            # A model that is dropped without detach leaves no trace of its configuration's `id`.
-            self._finalizers.append(weakref.finalize(model, interface.forget_previous, id(config)))
-        self._previous = dict(model.get_experts_implementation())
-        for key in self._previous:
-            inner = getattr(model.config, key) if key else model.config
-            self._previous[key] = (
-                interface.previous_implementation(inner) or self._previous[key] or "eager"
-            )
-        model.set_experts_implementation(IMPLEMENTATION)
-        for (position, layer, module), form in zip(owned, self._forms, strict=True):
-            if module.config._experts_implementation != IMPLEMENTATION:
-                # A composite model that transformers does not switch as a whole.
-                module.config._experts_implementation = IMPLEMENTATION
-            module.__dict__[HANDLE] = LayerHandle(self.executor, position, layer, form)
-        model.__dict__[_HOOKS] = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+        hooks: list[RemovableHandle] = []
+        for module in step_modules(model):
+            hooks += [
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+        hooks += ModuleHooks(self.executor, self.spec.layers).install(model)
+        self._previous = interface.take_over(
+            model,
+            [
+                (model.get_submodule(layer.path), LayerHandle(self.executor, at, layer, form))
+                for at, (layer, form) in enumerate(zip(self.spec.layers, self._forms, strict=True))
+                if form is not None
+            ],
+        )
+        model.__dict__[_HOOKS] = hooks
         model.__dict__[_RUNTIME] = self
 
     def uninstall(self, model: PreTrainedModel) -> None:
         """Undo `install` on a model, be it a deep copy of the one that it was done on.
 
-        The experts modules must have their tensors again before they run.
+        The experts must have their tensors again before they run.
         """
         for hook in model.__dict__.pop(_HOOKS):
             hook.remove()
-        configs: dict[int, Any] = {}
-        for layer in self.spec.layers:
-            module = model.get_submodule(layer.path)
-            module.__dict__.pop(HANDLE, None)
-            configs[id(module.config)] = module.config
-        names: list[str | None] = [self._previous[""]] * len(configs)
-        if model is self._model():
-            for finalizer in self._finalizers:
-                finalizer.detach()
-            self._finalizers.clear()
-            names = [interface.forget_previous(identity) for identity in configs]
-        if None not in names:  # another model may still run by a configuration of this one
-            model.set_experts_implementation(self._previous)
-            for config, name in zip(configs.values(), names, strict=True):
-                if config._experts_implementation == IMPLEMENTATION:
-                    config._experts_implementation = name
+        modules = [model.get_submodule(layer.path) for layer in self.spec.layers]
+        interface.hand_back(model, modules, self._previous, original=model is self._model())
         del model.__dict__[_RUNTIME]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -434,7 +424,8 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
         `output_loading_info=True` the pair that transformers returns.
 
     Raises:
-        UnsupportedModelError: no MoE layer behind transformers' experts interface, or quantised.
+        UnsupportedModelError: no MoE layer behind transformers' experts interface and no list of
+            expert modules, or quantised.
         BudgetError: the budget does not hold one layer's top-k beside what the plan pins; says the
             least that works.
         PlanError: the plan is damaged, for another model, or for several devices.
@@ -483,7 +474,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
         predictor=open_predictor(predictor, spec),
     )
     runtime.open(experts=experts)
-    _place_placeholders(model, spec, place)
+    place_placeholders(model, spec, place.torch_device)
     runtime.install()
     _LOG.info("%s: %s", path_or_id, runtime.budget.explanation)
     ExpertStateDict(runtime, experts).install(model)
@@ -539,11 +530,8 @@ def attach(  # noqa: PLR0913  as above
     )
     place = open_device(device)
     spec = read_spec(model)
-    stacked = [
-        tuple(model.get_parameter(f"{layer.path}.{p.name}").data for p in layer.params)
-        for layer in spec.layers
-    ]
-    away = {t.device.type for tensors in stacked for t in tensors} - {"cpu"}
+    indexed = [held_tensors(model, layer) for layer in spec.layers]
+    away = {one.device.type for tensors in indexed for each in tensors for one in each} - {"cpu"}
     if away:
         raise AttachError(
             f"the experts lie on {away.pop()}; attach takes a model whose experts are in host "
@@ -560,11 +548,11 @@ def attach(  # noqa: PLR0913  as above
         predictor=open_predictor(predictor, spec),
     )
     in_place = place.is_cpu and expert_budget == "auto"
-    runtime.open(stacked=stacked, in_place=in_place)
+    runtime.open(indexed=indexed, in_place=in_place)
     if place.is_cpu:
         _LOG.warning("attach frees no memory on a CPU: the model's experts stay in RAM")
     else:
-        _move_dense(model, spec, place.torch_device)
+        move_dense(model, spec, place.torch_device)
     runtime.install()
     _preload(runtime)
     return model
@@ -584,7 +572,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         if runtime.paged:
             _load_experts(model, runtime)
         elif not runtime.device.is_cpu:
-            _move_dense(model, runtime.spec, torch.device("cpu"))
+            move_dense(model, runtime.spec, torch.device("cpu"))
         ExpertStateDict.remove(model)
         runtime.uninstall(model)
     finally:
@@ -691,18 +679,6 @@ def _named(spec: MoESpec, path_or_id: str) -> MoESpec:
     return replace(spec, model_id=path_or_id)
 
 
-def _place_placeholders(model: nn.Module, spec: MoESpec, device: Device) -> None:
-    for layer in spec.layers:
-        module = model.get_submodule(layer.path)
-        for param in layer.params:
-            module._parameters[param.name] = PagedParameter(
-                (layer.num_experts, *param.shape),
-                param.dtype,
-                device.torch_device,
-                f"{layer.path}.{param.name}",
-            )
-
-
 def _preload(runtime: Runtime) -> None:
     if runtime.pinning is not None:
         runtime.pinning.apply(runtime.executor)
@@ -711,20 +687,8 @@ def _preload(runtime: Runtime) -> None:
         runtime.executor.preload()
 
 
-def _move_dense(model: nn.Module, spec: MoESpec, device: torch.device) -> None:
-    """Move everything but the experts' own tensors."""
-    experts = {f"{layer.path}.{param.name}" for layer in spec.layers for param in layer.params}
-    for name, parameter in model.named_parameters():
-        if name not in experts:
-            parameter.data = parameter.data.to(device)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-
-
 def _load_experts(model: PreTrainedModel, runtime: Runtime) -> None:
-    """Give every experts module its Parameters back, read from slots and the checkpoint."""
+    """Give the experts their Parameters back, read from slots and the checkpoint."""
     spec = runtime.spec
     device = runtime.device.torch_device
     need = spec.total_expert_bytes
@@ -734,14 +698,4 @@ def _load_experts(model: PreTrainedModel, runtime: Runtime) -> None:
             f"detach would load all experts: {need} bytes ({format_bytes(need)}), but "
             f"{format_bytes(free)} are free on {device.type}"
         )
-    for position, layer in enumerate(spec.layers):
-        whole = [
-            torch.empty((layer.num_experts, *p.shape), dtype=p.dtype, device=device)
-            for p in layer.params
-        ]
-        for expert in range(layer.num_experts):
-            for target, source in zip(whole, runtime.expert_tensors(position, expert), strict=True):
-                target[expert].copy_(source)
-        module = model.get_submodule(layer.path)
-        for param, tensor in zip(layer.params, whole, strict=True):
-            module._parameters[param.name] = nn.Parameter(tensor)
+    keep_experts(model, spec, runtime.expert_tensors, device)

@@ -66,8 +66,12 @@ class ExpertStateDict:
         part of it by the whole tensors under the module's names (which loads them).
         """
         layer = self._source.spec.layers[position]
-        for param in layer.params:
-            state.pop(f"{prefix}{param.name}", None)
+        names = {
+            param: [key.removeprefix(f"{layer.path}.") for key in layer.keys(param)]
+            for param in layer.params
+        }
+        for name in (name for one in names.values() for name in one):
+            state.pop(f"{prefix}{name}", None)
         if prefix == f"{layer.path}.":
             for name, entry in self._experts.keys[position].items():
                 state[name] = self._view(entry)
@@ -76,7 +80,11 @@ class ExpertStateDict:
             self._source.expert_tensors(position, expert) for expert in range(layer.num_experts)
         ]
         for number, param in enumerate(layer.params):
-            state[f"{prefix}{param.name}"] = torch.stack([tensors[number] for tensors in each])
+            if not layer.modules:
+                state[f"{prefix}{param.name}"] = torch.stack([tensors[number] for tensors in each])
+                continue
+            for name, tensors in zip(names[param], each, strict=True):
+                state[f"{prefix}{name}"] = tensors[number]
 
     def _view(self, entry: StoredTensor) -> torch.Tensor:
         region = self._mapped.get(entry.file)
@@ -103,5 +111,5 @@ class _LayerHook:
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
-        if any(isinstance(p, PagedParameter) for p in module._parameters.values()):
+        if any(isinstance(p, PagedParameter) for p in module.parameters()):
             self._owner.fill(self._position, state, prefix)

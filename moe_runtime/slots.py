@@ -75,14 +75,23 @@ class SlotPool:
         return tuple(tuple(stack[slot] for stack in self.stacked) for slot in range(self.count))
 
     @classmethod
-    def over(cls, params: Sequence[ExpertParam], stacked: Sequence[torch.Tensor]) -> SlotPool:
-        """Slots that are the slices of tensors already in memory; nothing is allocated."""
+    def over(
+        cls,
+        params: Sequence[ExpertParam],
+        indexed: Sequence[torch.Tensor | tuple[torch.Tensor, ...]],
+    ) -> SlotPool:
+        """Slots that are tensors already in memory; nothing is allocated.
+
+        Args:
+            indexed: for each param `[experts, ...]`, or one tensor for each expert; of the latter
+                there is no `stacked` view.
+        """
         pool = cls.__new__(cls)
         pool.params = tuple(params)
-        pool.count = int(stacked[0].shape[0])
+        pool.count = len(indexed[0])
         pool.flipped = False
-        pool.stacked = tuple(stacked)
-        pool._slots = pool._views()
+        pool.stacked = tuple(one for one in indexed if isinstance(one, torch.Tensor))
+        pool._slots = tuple(tuple(one[slot] for one in indexed) for slot in range(pool.count))
         return pool
 
     def tensors(self, slot: int) -> tuple[torch.Tensor, ...]:

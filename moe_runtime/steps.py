@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["Step", "begin_step"]
+__all__ = ["Step", "begin_step", "step_modules"]
 
 
 @dataclass(eq=False)
@@ -48,6 +49,19 @@ class Step:
             return self.places
         length = self.rows // max(self.batch, 1)
         return torch.arange(self.past, self.past + length).repeat(self.batch)
+
+
+def step_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose calls are forward calls of their own.
+
+    The model; of an encoder-decoder model its encoder and its decoder, which have tokens of their
+    own, and of which `generate` calls the encoder past the model's forward.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [model]
+    stacks = [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
+    apart = len({id(stack) for stack in (model, *stacks)}) == 3
+    return stacks if apart else [model]
 
 
 def begin_step(arguments: Mapping[str, Any], positional: tuple[Any, ...]) -> Step:

@@ -273,18 +273,19 @@ def _open(path: str) -> tuple[int, bool]:
 
 
 class ParameterStore:
-    """Experts that a model already holds in memory, as `[experts, ...]` Parameters.
+    """Experts that a model already holds in memory.
 
     Args:
-        stacked: for each layer position, its tensors in the order of the layer's params.
+        indexed: for each layer position, in the order of the layer's params, `[experts, ...]` or
+            one tensor for each expert.
     """
 
-    def __init__(self, stacked: Sequence[Tensors]) -> None:
-        self._stacked = tuple(stacked)
+    def __init__(self, indexed: Sequence[tuple[torch.Tensor | Tensors, ...]]) -> None:
+        self._indexed = tuple(indexed)
 
     def host_tensors(self, position: int, expert: int) -> Tensors:
         """Views of the Parameters."""
-        return tuple(tensor[expert] for tensor in self._stacked[position])
+        return tuple(tensor[expert] for tensor in self._indexed[position])
 
     def pieces(self, position: int, expert: int) -> list[Piece]:
         """Nothing to read."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from moe_runtime.checkpoint import ExpertMap, map_experts
+from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.loading import build_structure, read_config, resolve_class
 from moe_runtime.model_spec import MoESpec
 from moe_runtime.safetensors_index import (
@@ -92,6 +93,12 @@ def open_source(
     files = open_checkpoint(resolve_shards(path_or_id, variant=variant, **named))
     model, structure = build_structure(cls, config, getattr(config, "dtype", None))
     spec = structure.of()
+    apart = [layer.path for layer in spec.layers if layer.modules]
+    if apart:
+        raise UnsupportedModelError(
+            f"{path_or_id}: the experts of {apart[0]} are modules of their own, whose order "
+            "cannot be baked; only experts behind transformers' experts interface can be"
+        )
     return BakeSource(
         path_or_id=path_or_id,
         folder=_folder(path_or_id, options),

@@ -39,10 +39,13 @@ config            |                                        |
 memory            |                                        | torch psutil
 device            |                                        | torch
 hardware          | memory                                 | torch numpy psutil pynvml
-model_spec        |                                        | torch transformers
+expert_modules    |                                        | torch
+model_spec        | expert_modules                         | torch transformers
 paged             |                                        | torch
+expert_tensors    | expert_modules model_spec paged        | torch
 safetensors_index |                                        | torch transformers safetensors
-loading           | model_spec paged safetensors_index     | torch transformers safetensors
+loading           | model_spec paged safetensors_index expert_tensors \
+                                                           | torch transformers safetensors
 checkpoint        | model_spec safetensors_index           | torch transformers numpy
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
@@ -77,6 +80,9 @@ prediction        | model_spec forecast loader payoff predictors.* prefetch_plan
 executor          | kernels.* model_spec access cache device eager loader prefetch profiler \
                     routing rows slot_transfers slots steps | torch numpy transformers
 interface         | executor                               | torch transformers
+module_routing    | access                                 | torch numpy
+module_calls      | access executor expert_modules model_spec module_routing | torch numpy
+module_hooks      | executor interface model_spec module_calls | torch
 recorder          | model_spec trace steps                 | torch numpy
 saving            | model_spec safetensors_index checkpoint paged | torch
 run_record        | version access budget cache config eviction memory model_spec profiler \

@@ -161,7 +161,9 @@ def _generate(
     began = time.perf_counter()
     output = model.generate(**inputs, **generation, streamer=streamer)
     seconds = time.perf_counter() - began
-    new = output[0, inputs["input_ids"].shape[1] :]
+    # An encoder-decoder's output begins with the decoder's start token instead of the prompt.
+    first = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    new = output[0, first:]
     record = moe_runtime.report(model).to_dict()
     record["generated"] = [
         {
