@@ -195,7 +195,7 @@ class Executor:
                 for listener in self.listeners:
                     listener(handle.position, top_k_index, top_k_weights, step)
                 if self.loader.follows:
-                    self._tell(handle.position, hidden, top_k_index, step)
+                    self.tell(handle.position, hidden, top_k_index, step)
                 if self._without_host(handle, real):
                     return self._on_device(handle, hidden, top_k_index, top_k_weights)
                 return self._computed(handle, module, hidden, top_k_index, top_k_weights, real)
@@ -310,7 +310,7 @@ class Executor:
 
     def ascending(self, access: Access) -> Iterator[int]:
         """Every expert of one layer step in ascending order, while it is in its slot."""
-        return self._in_ascending_order(access)
+        return self.loader.in_ascending_order(access)
 
     def held(self, position: int, expert: int | None) -> tuple[torch.Tensor, ...]:
         """The tensors of an expert that is in its slot; those of any slot for None."""
@@ -320,8 +320,7 @@ class Executor:
     def undo(self) -> None:
         """After a failure: whatever was under way is undone, and the cache whole."""
         self.end_call()
-        self.fetcher.cancel()
-        self.cache.abandon()
+        self.loader.abandon()
 
     # -- getting experts into slots -------------------------------------------------------------
 
@@ -338,7 +337,7 @@ class Executor:
                 self.loader.abandon()
                 raise
 
-    def _tell(
+    def tell(
         self, position: int, hidden: torch.Tensor, top_k_index: torch.Tensor, step: Step | None
     ) -> None:
         """Tell the loader's predictor what the router chose for the rows that are no padding."""

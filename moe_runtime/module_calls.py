@@ -24,6 +24,7 @@ from moe_runtime.executor import Executor
 from moe_runtime.expert_modules import owner_of
 from moe_runtime.model_spec import MoELayer
 from moe_runtime.module_routing import Reading, readings
+from moe_runtime.steps import Step
 
 __all__ = ["Manners", "ModuleCall"]
 
@@ -143,15 +144,20 @@ class ModuleCall:
     def _foresee(self, inputs: torch.Tensor | None) -> None:
         """At the first expert: ask for all that will be called, if the call's tensors tell."""
         width = 0 if inputs is None else inputs.shape[-1]
+        hidden: torch.Tensor | None = None
         for place, tensor in enumerate(self._tensors):
             if tensor.is_floating_point() and tensor.dim() and tensor.shape[-1] == width:
                 self._tokens = tensor.numel() // max(width, 1)
+                hidden = tensor.reshape(self._tokens, -1)
                 del self._tensors[place]  # the hidden states: neither routing nor weights
                 break
         self._tokens = self._tokens or 1
         self._hint = None if self.alone else next(self._readings(), None)
         if self._hint is None:
             return
+        if self._executor.loader.follows and hidden is not None:
+            index, _ = self._hint.top_k([])
+            self._executor.tell(self.position, hidden, index, self._step())
         self._foretold = self._hint.counts()
         if self._manners.ascending and self._foretold:
             self._ahead = deque(self._foretold)
@@ -184,8 +190,7 @@ class ModuleCall:
             return
         if self._ahead:
             self._ahead.clear()
-            self._executor.fetcher.cancel()
-            self._executor.cache.abandon()
+            self._executor.loader.abandon()
             return
         for _ in ready:
             pass
@@ -226,10 +231,12 @@ class ModuleCall:
                     self._layer.path,
                 )
             return
-        step = self._executor.step
-        if step is not None and step.rows != self._tokens:
-            step = None
         floats = [tensor for tensor in self._tensors if tensor.is_floating_point()]
         index, weights = reading.top_k(floats)
         for listener in self._executor.listeners:
-            listener(self.position, index, weights, step)
+            listener(self.position, index, weights, self._step())
+
+    def _step(self) -> Step | None:
+        """The forward call around this one, if its rows are this one's."""
+        step = self._executor.step
+        return None if step is None or step.rows != self._tokens else step

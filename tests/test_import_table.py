@@ -81,7 +81,7 @@ executor          | kernels.* model_spec access cache device eager loader prefet
                     routing rows slot_transfers slots steps | torch numpy transformers
 interface         | executor                               | torch transformers
 module_routing    | access                                 | torch numpy
-module_calls      | access executor expert_modules model_spec module_routing | torch numpy
+module_calls      | access executor expert_modules model_spec module_routing steps | torch numpy
 module_hooks      | executor interface model_spec module_calls | torch
 recorder          | model_spec trace steps                 | torch numpy
 saving            | model_spec safetensors_index checkpoint paged | torch
