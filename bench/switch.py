@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import moe_runtime
+from moe_runtime.model_spec import MoESpec
 from moe_runtime.trace import UNUSED, RoutingTrace
 from moe_runtime.version import __version__
 from peers import cgroup
@@ -282,6 +283,17 @@ def main() -> None:
             table["routing"] = routing(RoutingTrace.load(path))
         result[f"batch {batch}"] = table
         show(result[f"batch {batch}"], batch)
+        write(given, spec, imports, machine, disk, result)  # after each: a run takes long
+
+
+def write(
+    given: argparse.Namespace,
+    spec: MoESpec,
+    imports: int,
+    machine: dict[str, Any],
+    disk: float,
+    result: dict[str, Any],
+) -> None:
     write_json(
         given.out,
         {

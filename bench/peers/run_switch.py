@@ -9,6 +9,7 @@ token ids), `way` (`plain`, `accelerate`, `ours`), `options` of the way, `batch`
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from transformers import SwitchTransformersForConditionalGeneration
 
-from peers.protocol import Counters, versions, write_json
+from peers.protocol import Counters, abandoned_with, versions, write_json
 
 
 def load(task: dict[str, Any]) -> Any:
@@ -117,4 +118,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with abandoned_with(os.getppid()):
+        main()
