@@ -33,7 +33,9 @@ class Recorder:
     """Collects rows of forward calls; `trace` is what has been recorded so far.
 
     Padding is left out. A sequence gets a new number when a call starts with an empty key/value
-    cache. Layers that did not run in a call (another tower's) are unused in its rows.
+    cache; later calls are taken to go on with the same sequences in the same order, unless they
+    say whose rows they have (`Step.sequence_ids`). Layers that did not run in a call (another
+    tower's) are unused in its rows.
 
     Args:
         spec: the model's MoE structure.
@@ -62,6 +64,7 @@ class Recorder:
         self._steps = 0
         self._first_sequence = 0
         self._sequences = 0
+        self._named: dict[int, int] = {}
 
     def __call__(
         self, position: int, index: torch.Tensor, weights: torch.Tensor, step: Step | None
@@ -156,12 +159,7 @@ class Recorder:
     ) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
         if step is None:
             step = Step(rows=count, batch=1)
-        if not step.past:
-            self._first_sequence = self._sequences
-            self._ended.clear()
-            self._sequences += max(step.batch, 1)
-        length = count // max(step.batch, 1)
-        sequences = self._first_sequence + np.arange(max(step.batch, 1)).repeat(length)
+        sequences = self._numbers(step).repeat(count // max(step.batch, 1))
         tokens = np.full(count, -1) if step.token_ids is None else step.token_ids.to("cpu").numpy()
         keep = np.ones(count, np.bool_) if step.real is None else step.real.numpy()
         phase = DECODE if step.decode else PREFILL
@@ -171,3 +169,18 @@ class Recorder:
             "positions": step.positions().numpy().astype(np.int32),
             "phase": np.full(count, phase, np.uint8),
         }
+
+    def _numbers(self, step: Step) -> NDArray[np.int64]:
+        """Number of each sequence of the batch in the trace."""
+        if step.sequence_ids is None:
+            batch = max(step.batch, 1)
+            if not step.past:
+                self._first_sequence = self._sequences
+                self._ended.clear()
+                self._sequences += batch
+            return self._first_sequence + np.arange(batch)
+        for given in step.sequence_ids:
+            if not step.past or given not in self._named:
+                self._named[given] = self._sequences
+                self._sequences += 1
+        return np.array([self._named[given] for given in step.sequence_ids])

@@ -106,6 +106,7 @@ class Runtime:
         self._finalizers: list[weakref.finalize[Any, Any]] = []
         self._fetcher: Fetcher
         self._recorders: list[Recorder] = []
+        self._sequence_ids: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         # A copied model shares slots and counters with the one it was copied from.
@@ -299,6 +300,8 @@ class Runtime:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = begin_step(kwargs, args)
+        if self._sequence_ids is not None and len(self._sequence_ids) == step.batch:
+            step.sequence_ids = self._sequence_ids
         self.executor.begin_call(step)
         self.profiler.begin_step(decode=step.decode, tokens=step.tokens)
 
@@ -315,6 +318,21 @@ class Runtime:
                 return
             residents = self.cache.residents() if self.profiler.wants_snapshot() else None
             self.profiler.end_step(residents)
+
+    @contextmanager
+    def sequences(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Say whose tokens the forward calls inside the block carry, for all who listen.
+
+        Without it, rows of a batch are taken for the sequences of the calls before, in order.
+
+        Args:
+            numbers: a number for each row of the batch; a sequence keeps its own from call to call.
+        """
+        before, self._sequence_ids = self._sequence_ids, tuple(numbers)
+        try:
+            yield
+        finally:
+            self._sequence_ids = before
 
     # -- looking --------------------------------------------------------------------------------
 

@@ -89,8 +89,8 @@ def group_sequences(
         paths: bool or probabilities in 0..1, `[S, experts over all layers]`.
         batch_size: sequences of a group, 1 or more.
         method: `"union"`, ours: the cost itself, lowered by exchanging pairs of sequences until no
-            exchange helps, from a greedy start, from the medoids' and from `start`; or `"k-medoids"`,
-            ExpertFlow (He)'s balanced k-medoids on the (expected) Hamming distance of paths.
+            exchange helps, from a greedy start, from the medoids' and from `start`; or
+            `"k-medoids"`, ExpertFlow (He)'s, balanced, on the (expected) Hamming distance.
         start: a grouping of these sequences to begin from, in groups of these sizes in any order;
             it is returned as it is if nothing better is found. Only `"union"` uses it.
         seed: of the first medoids.

@@ -27,6 +27,8 @@ class Step:
         token_ids: int64 `[rows]`, None if the call had embeddings instead.
         places: int64 `[rows]`, place of each row in its sequence, padding not counted; None if
             there is no padding.
+        sequence_ids: number of each sequence of the batch, where the caller gave them
+            (`Runtime.sequences`); else None.
     """
 
     rows: int = 0
@@ -36,6 +38,7 @@ class Step:
     real: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    sequence_ids: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
