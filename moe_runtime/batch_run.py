@@ -65,8 +65,9 @@ class Agreement:
         largest: the largest difference of logits at a step, relative to the step's largest
             reference logit; of the 64 largest logits of each step.
         beyond: steps whose difference is more than 1e-5.
-        near_ties: tokens that differ where the reference's top two lie no further apart than the
-            logits differ.
+        near_ties: tokens that differ where the reference's top two lie no further apart than twice
+            what the logits differ by, and that is rounding (1e-3 of the largest in float32, 0.05 in
+            float16, 0.25 in bfloat16).
         different: tokens that differ without that excuse; 0 unless something is wrong.
     """
 

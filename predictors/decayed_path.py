@@ -33,7 +33,7 @@ class DecayedPath:
     needs_token_ids: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
 
-    def __init__(self, grid: ExpertGrid, decay: float = 0.7) -> None:
+    def __init__(self, grid: ExpertGrid, decay: float = 0.5) -> None:
         if not 0.0 <= decay < 1.0:
             raise ConfigError(f"decayed-path: decay has to lie in [0, 1), found {decay}")
         self.grid = grid
