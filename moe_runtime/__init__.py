@@ -13,6 +13,7 @@ from moe_runtime.errors import (
     ExpertReadError,
     MoERuntimeError,
     PlanError,
+    PredictorError,
     TraceError,
     UnsupportedModelError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "ExpertReadError",
     "MoERuntimeError",
     "PlanError",
+    "PredictorError",
     "RoutingCounts",
     "RoutingTrace",
     "TraceError",
