@@ -269,11 +269,11 @@ class BatchLoop:
                 heard = self._listener.chosen
                 rows.update({number: (heard, row) for row, number in enumerate(group.members)})
         if rows:
-            heard = [rows[number] for number in self._order]
+            told = [rows[number] for number in self._order]
             self._forecast.observe(
                 {
-                    position: np.stack([chosen[position][row] for chosen, row in heard])
-                    for position in heard[0][0]
+                    position: np.stack([chosen[position][row] for chosen, row in told])
+                    for position in told[0][0]
                 }
             )
         self.rounds += 1

@@ -159,7 +159,8 @@ def _check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
         raise ConfigError("no prompts: give one at least")
     vocabulary: Any = model.get_input_embeddings()
     size = int(vocabulary.num_embeddings)
-    for number, prompt in enumerate(prompts):
+    given: Sequence[Any] = prompts
+    for number, prompt in enumerate(given):
         if isinstance(prompt, str) or not len(prompt):
             raise ConfigError(
                 f"prompt {number} is {prompt!r:.40}; a prompt is a list of one or more token ids"

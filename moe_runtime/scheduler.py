@@ -272,4 +272,5 @@ def _balanced_labels(distance: FloatArray, sizes: list[int]) -> IntArray:
         row, at = rows[flat // len(columns)], flat % len(columns)
         if labels[row] < 0 and room[at]:
             labels[row], room[at] = at, room[at] - 1
-    return labels.astype(np.int64)
+    result: IntArray = labels.astype(np.int64)
+    return result
