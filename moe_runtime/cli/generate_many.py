@@ -160,7 +160,11 @@ def generate_many(
         "temperature": options.temperature,
         "seed": options.seed,
     }
-    scheduled: dict[str, Any] = {"schedule": options.schedule, "window": options.window, "every": options.every}
+    scheduled: dict[str, Any] = {
+        "schedule": options.schedule,
+        "window": options.window,
+        "every": options.every,
+    }
     predictor = None if options.predictor is None else _predictor(model, options.predictor)
     ordered = None
     if options.compare:
