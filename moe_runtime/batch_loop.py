@@ -166,8 +166,10 @@ class BatchLoop:
         self.prefill = counted.added_to(self.prefill, len(real), self._active())
         if self._listener is not None:
             self._forecast.observe(self._listener.chosen)
-        self._caches.append(group)
-        self._seat([one.number for one in prompts if not one.done])
+        left = [one.number for one in prompts if not one.done]
+        if left:
+            self._caches.append(group)
+            self._seat(left)
 
     def _seat(self, numbers: list[int]) -> None:
         """Newcomers take the free places of present groups, then a group of their own."""
@@ -273,7 +275,7 @@ class BatchLoop:
             self._forecast.observe(
                 {
                     position: np.stack([chosen[position][row] for chosen, row in told])
-                    for position in told[0][0]
+                    for position in set.intersection(*(set(chosen) for chosen, _ in told))
                 }
             )
         self.rounds += 1
@@ -302,7 +304,7 @@ class BatchLoop:
         device = self._model.device
         arguments = {"position_ids": places.to(device), "logits_to_keep": 1}
         if self._listener is not None:
-            self._listener.begin(real)
+            self._listener.begin(ids.numel(), real)
         runtime = self._runtime
         with nullcontext() if runtime is None else runtime.sequences(group.members):
             output = self._model(

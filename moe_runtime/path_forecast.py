@@ -46,21 +46,25 @@ class RoutingListener:
     def __init__(self, grid: ExpertGrid) -> None:
         self._experts = grid.experts
         self._real: IntArray | None = None
+        self._rows = 0
         self.chosen: dict[int, IntArray] = {}
 
-    def begin(self, real: IntArray | None = None) -> None:
+    def begin(self, rows: int, real: IntArray | None = None) -> None:
         """A call begins.
 
         Args:
+            rows: of the call; a layer that is given another number of them is not heard.
             real: numbers of the rows to keep, in this order; None for all.
         """
-        self._real = real
+        self._rows, self._real = rows, real
         self.chosen = {}
 
     def __call__(
         self, position: int, index: torch.Tensor, weights: torch.Tensor, step: Step | None
     ) -> None:
         """One layer's choices `[T, K]`."""
+        if len(index) != self._rows:
+            return
         chosen = index.detach().to("cpu", torch.int64).numpy()
         if self._real is not None:
             chosen = chosen[self._real]

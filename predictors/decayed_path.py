@@ -5,6 +5,7 @@ Knows no token ids and fits nothing; its forecast is each sequence's own recent 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from moe_runtime.errors import ConfigError
 
 __all__ = ["DecayedPath"]
 
+_KEPT_SEQUENCES = 4096  # a sequence's end is not announced, so those unused for longest go
 _PROMPT_ROWS = 64  # of a prompt only its last tokens weigh anything
 
 
@@ -38,7 +40,7 @@ class DecayedPath:
             raise ConfigError(f"decayed-path: decay has to lie in [0, 1), found {decay}")
         self.grid = grid
         self._decay = decay
-        self._means: dict[int, Probabilities] = {}
+        self._means: OrderedDict[int, Probabilities] = OrderedDict()
         self._known: set[int] = set()
         self._rows: StepRows | None = None
         self._by_sequence: list[tuple[int, IntArray]] = []
@@ -59,6 +61,9 @@ class DecayedPath:
         for sequence, _ in self._by_sequence:
             if sequence not in self._means:
                 self._means[sequence] = np.zeros(self.grid.size, np.float32)
+            self._means.move_to_end(sequence)
+        while len(self._means) > max(_KEPT_SEQUENCES, len(self._by_sequence)):
+            self._means.popitem(last=False)
 
     def observe(
         self, position: int, topk_ids: IntArray, hidden: torch.Tensor | None = None
