@@ -1,6 +1,8 @@
 """Run and place Mixture-of-Experts models by where their tokens really go."""
 
 import moe_runtime.report  # noqa: F401  first: the function below takes the package's name
+from moe_runtime.batch_run import BatchRun
+from moe_runtime.batches import generate_batches
 from moe_runtime.bundled import bundled_model
 from moe_runtime.core import ExpertId
 from moe_runtime.errors import (
@@ -30,6 +32,7 @@ from moe_runtime.version import __version__
 
 __all__ = [
     "AttachError",
+    "BatchRun",
     "BudgetError",
     "CheckpointError",
     "ConfigError",
@@ -47,6 +50,7 @@ __all__ = [
     "bundled_model",
     "detach",
     "from_pretrained",
+    "generate_batches",
     "inspect_checkpoint",
     "record",
     "report",

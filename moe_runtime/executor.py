@@ -32,10 +32,10 @@ from moe_runtime.model_spec import MoELayer
 from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
 from moe_runtime.routing import LayerRouting, sort_routing, sort_single
-from moe_runtime.rows import SequenceNumbers, rows_of
+from moe_runtime.rows import rows_of
 from moe_runtime.slot_transfers import SlotTransfers
 from moe_runtime.slots import ALIGNMENT, SlotPool
-from moe_runtime.steps import Step
+from moe_runtime.steps import SequenceNumbers, Step
 
 __all__ = ["Executor", "LayerHandle", "expert_form"]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moe_runtime.errors import TraceError
 from moe_runtime.model_spec import MoESpec
-from moe_runtime.steps import Step
+from moe_runtime.steps import SequenceNumbers, Step
 from moe_runtime.trace import DECODE, PREFILL, UNUSED, RoutingTrace
 
 __all__ = ["Recorder"]
@@ -33,7 +33,9 @@ class Recorder:
     """Collects rows of forward calls; `trace` is what has been recorded so far.
 
     Padding is left out. A sequence gets a new number when a call starts with an empty key/value
-    cache. Layers that did not run in a call (another tower's) are unused in its rows.
+    cache; later calls are taken to go on with the same sequences in the same order, unless they
+    say whose rows they have (`Step.sequence_ids`). Layers that did not run in a call (another
+    tower's) are unused in its rows.
 
     Args:
         spec: the model's MoE structure.
@@ -60,8 +62,7 @@ class Recorder:
         self._open: _Rows | None = None
         self._parts: list[RoutingTrace] = []
         self._steps = 0
-        self._first_sequence = 0
-        self._sequences = 0
+        self._numbers = SequenceNumbers()
 
     def __call__(
         self, position: int, index: torch.Tensor, weights: torch.Tensor, step: Step | None
@@ -156,12 +157,9 @@ class Recorder:
     ) -> tuple[NDArray[np.bool_], dict[str, NDArray[Any]]]:
         if step is None:
             step = Step(rows=count, batch=1)
-        if not step.past:
-            self._first_sequence = self._sequences
+        if not step.past and step.sequence_ids is None:
             self._ended.clear()
-            self._sequences += max(step.batch, 1)
-        length = count // max(step.batch, 1)
-        sequences = self._first_sequence + np.arange(max(step.batch, 1)).repeat(length)
+        sequences = np.array(self._numbers.of(step)).repeat(count // max(step.batch, 1))
         tokens = np.full(count, -1) if step.token_ids is None else step.token_ids.to("cpu").numpy()
         keep = np.ones(count, np.bool_) if step.real is None else step.real.numpy()
         phase = DECODE if step.decode else PREFILL

@@ -123,6 +123,7 @@ class Runtime:
         self._previous: interface.Previous
         self._fetcher: Fetcher
         self._recorders: list[Recorder] = []
+        self._sequence_ids: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         # A copied model shares slots and counters with the one it was copied from.
@@ -304,6 +305,8 @@ class Runtime:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step = begin_step(kwargs, args)
+        if self._sequence_ids is not None and len(self._sequence_ids) == step.batch:
+            step.sequence_ids = self._sequence_ids
         self.profiler.begin_step(decode=step.decode, tokens=step.tokens)
         self.executor.begin_call(step)
 
@@ -321,6 +324,21 @@ class Runtime:
                 residents = self.cache.residents() if self.profiler.wants_snapshot() else None
                 record = self.profiler.end_step(residents)
         self.executor.end_call(None if record is None else record.seconds)
+
+    @contextmanager
+    def sequences(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Say whose tokens the forward calls inside the block carry, for all who listen.
+
+        Without it, rows of a batch are taken for the sequences of the calls before, in order.
+
+        Args:
+            numbers: a number for each row of the batch; a sequence keeps its own from call to call.
+        """
+        before, self._sequence_ids = self._sequence_ids, tuple(numbers)
+        try:
+            yield
+        finally:
+            self._sequence_ids = before
 
     # -- looking --------------------------------------------------------------------------------
 

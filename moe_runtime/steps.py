@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Step", "begin_step", "step_modules"]
+__all__ = ["SequenceNumbers", "Step", "begin_step", "step_modules"]
 
 
 @dataclass(eq=False)
@@ -28,6 +28,8 @@ class Step:
         token_ids: int64 `[rows]`, None if the call had embeddings instead.
         places: int64 `[rows]`, place of each row in its sequence, padding not counted; None if
             there is no padding.
+        sequence_ids: number of each sequence of the batch, where the caller gave them
+            (`Runtime.sequences`); else None.
     """
 
     rows: int = 0
@@ -37,6 +39,7 @@ class Step:
     real: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    sequence_ids: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -62,6 +65,32 @@ def step_modules(model: nn.Module) -> list[nn.Module]:
     stacks = [model.get_encoder(), model.get_decoder()]  # type: ignore[operator]
     apart = len({id(stack) for stack in (model, *stacks)}) == 3
     return stacks if apart else [model]
+
+
+class SequenceNumbers:
+    """Numbers the sequences of a run, from 0: new ones when a call starts with an empty cache.
+
+    Later calls are taken to go on with the same sequences in the same order, unless they say whose
+    rows they have (`Step.sequence_ids`).
+    """
+
+    def __init__(self) -> None:
+        self._next = self._first = 0
+        self._named: dict[int, int] = {}
+
+    def of(self, step: Step) -> list[int]:
+        """The number of each sequence of a call's batch. Mutates."""
+        if step.sequence_ids is not None:
+            for given in step.sequence_ids:
+                if not step.past or given not in self._named:
+                    self._named[given] = self._next
+                    self._next += 1
+            return [self._named[given] for given in step.sequence_ids]
+        batch = max(step.batch, 1)
+        if not step.past:
+            self._first = self._next
+            self._next += batch
+        return list(range(self._first, self._first + batch))
 
 
 def begin_step(arguments: Mapping[str, Any], positional: tuple[Any, ...]) -> Step:

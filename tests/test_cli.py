@@ -39,7 +39,8 @@ SURFACE = {
         *("MODEL", "--prompt", "--prompt-file", "--max-new-tokens", "--temperature", "--seed"),
         *("--chat", "--expert-budget", "--host-budget", "--device", "--policy", "--exact"),
         *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
-        *("--local-files-only", "--run"),
+        *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
+        *("--every", "--predictor", "--compare", "--verify", "--out"),
     },
     "inspect": {
         *("MODEL", "--expert-budget", "--reader-threads", "--dtype", "--revision", "--subfolder"),
@@ -154,6 +155,8 @@ def test_version() -> None:
         ("generate", "somewhere"),
         ("generate", "somewhere", "--prompt", "a", "--prompt-file", "b"),
         ("generate", "somewhere", "--prompt", "a", "--max-new-tokens", "0"),
+        ("generate", "somewhere", "--prompt", "a", "--prompts", "b"),
+        ("generate", "somewhere", "--prompt", "a", "--batch-size", "4"),
         ("demo", "--budget", "much"),
         ("demo", "--bugdet", "25%"),
     ],

@@ -99,6 +99,16 @@ placement.*       | trace routing_counts placement.*       | numpy scipy
 pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
+token_choice      |                                        | torch
+sequence_caches   |                                        | torch transformers
+path_forecast     | predictors.base steps                  | torch numpy
+batch_run         |                                        |
+batch_counts      | runtime scheduler batch_run            | numpy
+batch_loop        | runtime scheduler predictors.base token_choice sequence_caches path_forecast \
+                    batch_run batch_counts                 | torch numpy transformers
+batch_check       | batch_run batch_loop token_choice      | torch transformers
+batches           | runtime scheduler predictors.* token_choice path_forecast batch_run batch_loop \
+                    batch_check                            | transformers
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
                     predictors.* importers.* trace trace_summary routing_counts corpus cli.* \

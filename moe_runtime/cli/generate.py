@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_runtime.cli.generate_many import ManyOptions, show_many
 from moe_runtime.cli.options import (
     DebugOption,
     DtypeOption,
@@ -31,16 +32,69 @@ from moe_runtime.cli.options import (
     outcome_place,
 )
 from moe_runtime.cli.session import emit_json, quiet_libraries, session
+from moe_runtime.corpus import read_corpus
 from moe_runtime.report import Report
 
 __all__ = ["generate"]
 
 
+_MANY = "batch_size", "schedule", "window", "every", "predictor", "compare", "verify", "out"
+
+
 def generate(  # noqa: PLR0913, PLR0917  the command's options
+    context: typer.Context,
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option("--prompt-file", help="A file with the prompt; - is stdin.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE|-",
+            help="Many prompts, as `trace` reads them: one a line, or JSON lines with 'prompt'.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="With --prompts: sequences of a call.")
+    ] = 8,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            "--schedule",
+            help="With --prompts: put sequences that need the same experts into one batch (union, "
+            "k-medoids), or leave them in order.",
+        ),
+    ] = "union",
+    window: Annotated[
+        str | None,
+        typer.Option(
+            "--window", help="With --prompts: batches under way at once, or all; 2 (in order 1)."
+        ),
+    ] = None,
+    every: Annotated[
+        int, typer.Option("--every", min=1, help="With --prompts: tokens between regroupings.")
+    ] = 1,
+    predictor: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictor",
+            metavar="PRED",
+            help="With --prompts: a predictor file; else each sequence's own last tokens tell.",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="With --prompts: run them in order too, before.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="With --prompts: compare with each prompt alone.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="X.jsonl", help="With --prompts: texts, as JSON lines."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
@@ -72,32 +126,64 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
 ) -> None:
     """Generate text; it streams to standard output, the outcome goes to standard error.
 
+    With --prompts, texts are generated in batches, and sequences regrouped between tokens.
+
     Example:  [bold]moe-runtime generate ./olmoe -p "Once upon a time" --expert-budget 25%[/bold]
     """
-    if (prompt is None) == (prompt_file is None):
-        raise typer.BadParameter("give exactly one of --prompt and --prompt-file")
+    if sum(one is not None for one in (prompt, prompt_file, prompts)) != 1:
+        raise typer.BadParameter("give exactly one of --prompt, --prompt-file and --prompts")
+    if prompts is None:
+        _refuse_given(context, _MANY)
     with session(as_json=as_json, debug=debug):
+        hub = hub_options(
+            dtype=dtype,
+            revision=revision,
+            subfolder=subfolder,
+            variant=variant,
+            local_files_only=local_files_only,
+        )
+        runtime = {
+            "expert_budget": expert_budget,
+            "host_budget": host_budget,
+            "device": device,
+            "policy": policy,
+            "plan": plan,
+            "exact": exact,
+            "reader_threads": reader_threads,
+        }
+        if prompts is not None:
+            options = ManyOptions(
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                schedule=schedule,
+                window=int(window) if window is not None and window.isdigit() else window,
+                every=every,
+                temperature=temperature,
+                seed=seed,
+                predictor=predictor,
+                verify=verify,
+                compare=compare,
+                chat=chat,
+            )
+            quiet_libraries(debug=debug)
+            show_many(
+                model,
+                list(read_corpus(sys.stdin if str(prompts) == "-" else prompts)),
+                options,
+                hub=hub,
+                runtime=runtime,
+                out=None if out is None else outcome_place(out),
+                run=None if run is None else outcome_place(run),
+                as_json=as_json,
+            )
+            return
         text = prompt if prompt is not None else _read_prompt(prompt_file)
         place = None if run is None else outcome_place(run)
         report = _generate(
             model,
             text,
-            hub_options(
-                dtype=dtype,
-                revision=revision,
-                subfolder=subfolder,
-                variant=variant,
-                local_files_only=local_files_only,
-            ),
-            {
-                "expert_budget": expert_budget,
-                "host_budget": host_budget,
-                "device": device,
-                "policy": policy,
-                "plan": plan,
-                "exact": exact,
-                "reader_threads": reader_threads,
-            },
+            hub,
+            runtime,
             {"max_new_tokens": max_new_tokens, **_sampling(temperature)},
             seed=seed,
             chat=chat,
@@ -118,6 +204,14 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
             )
         else:
             typer.echo(report.outcome, err=True)
+
+
+def _refuse_given(context: typer.Context, names: tuple[str, ...]) -> None:
+    """Wrong usage if one of these options was given on the command line."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --prompts")
 
 
 def _read_prompt(path: Path | None) -> str:
