@@ -38,7 +38,7 @@ from moe_runtime.report import Report
 __all__ = ["generate"]
 
 
-_MANY = "batch_size", "schedule", "window", "every", "predictor", "compare", "verify", "out"
+_MANY = "batch_size", "schedule", "window", "every", "compare", "verify", "out"
 
 
 def generate(  # noqa: PLR0913, PLR0917  the command's options
@@ -81,7 +81,8 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
         typer.Option(
             "--predictor",
             metavar="PRED",
-            help="With --prompts: a predictor file; else each sequence's own last tokens tell.",
+            help="A predictor file: experts are loaded ahead by it as long as that pays. With "
+            "--prompts it says which sequences go together; else their own last tokens do.",
         ),
     ] = None,
     compare: Annotated[
@@ -177,6 +178,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
                 as_json=as_json,
             )
             return
+        runtime["predictor"] = predictor
         text = prompt if prompt is not None else _read_prompt(prompt_file)
         place = None if run is None else outcome_place(run)
         report = _generate(
