@@ -46,7 +46,8 @@ class Calibration:
         """Calibrated, of the shape of `scores`."""
         at = min(distance, self.scores.shape[1]) - 1
         x, y = self.scores[position, at], self.probabilities[position, at]
-        return np.interp(scores, x, y).astype(np.float32)
+        result: Probabilities = np.interp(scores, x, y).astype(np.float32)
+        return result
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Its part of a predictor file."""

@@ -57,7 +57,7 @@ class PreviousTokenPredictor(FittedPredictor):
         shares = popularity(origin, trace)
         if trace is None:
             return cls(origin, constants, shares, [0 * s + UNFITTED_STAY for s in shares], shares)
-        follows = np.diff(trace.sequence_ids, prepend=-1) == 0
+        follows: NDArray[np.bool_] = np.asarray(np.diff(trace.sequence_ids, prepend=-1) == 0)
         follows &= np.diff(trace.positions, prepend=-2) == 1
         stay, fresh = [], []
         for at, count in enumerate(origin.experts):

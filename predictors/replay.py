@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from moe_runtime.predictors.base import Predictor, Probabilities, StepRows
@@ -119,7 +120,7 @@ def require_replayable(predictor: Predictor, trace: RoutingTrace) -> None:
 def as_decode(trace: RoutingTrace) -> RoutingTrace:
     """The same rows, each a forward call of its own, all decoded but each sequence's first."""
     order = np.lexsort((trace.positions, trace.sequence_ids))
-    columns = {name: column[order] for name, column in trace.columns().items()}
+    columns: dict[str, Any] = {n: column[order] for n, column in trace.columns().items()}
     columns["step_ids"] = np.arange(len(trace), dtype=np.int32)
     first = np.diff(columns["sequence_ids"], prepend=-1) != 0
     columns["phase"] = np.where(first, 0, DECODE).astype(np.uint8)
@@ -140,7 +141,7 @@ def put_together(trace: RoutingTrace, batch_size: int) -> RoutingTrace:
     call = _call_numbers(trace, sequence)
     batch = sequence // batch_size
     order = np.lexsort((trace.positions, sequence, call, batch))
-    columns = {name: column[order] for name, column in trace.columns().items()}
+    columns: dict[str, Any] = {n: column[order] for n, column in trace.columns().items()}
     new = (np.diff(call[order], prepend=-1) != 0) | (np.diff(batch[order], prepend=-1) != 0)
     columns["step_ids"] = (np.cumsum(new) - 1).astype(np.int32)
     starts = np.flatnonzero(new)

@@ -6,7 +6,7 @@ Two predictors: plain pair counts, and the set-conditioned one. Neither knows hi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from moe_runtime.predictors.base import StepRows
@@ -26,6 +26,8 @@ from moe_runtime.core import IntArray
 from moe_runtime.errors import PredictorError
 from moe_runtime.trace import RoutingTrace
 
+Evidence: TypeAlias = NDArray[Any]
+
 __all__ = ["PairCountPredictor", "TransitionPredictor"]
 
 STRENGTH = 1024.0  # what fitted popularity weighs, in tokens of the run
@@ -43,10 +45,10 @@ PAIR_CHOICES: tuple[dict[str, Any], ...] = tuple(
 # Fitted to the four shared traces together (bench/prediction.py measures with the model at hand
 # left out); where a predictor is fitted, its own weights are drawn to these.
 WEIGHTS: tuple[tuple[float, ...], ...] = (
-    (-3.5, 0.05, 0.83, 0.61, 0.59, 3.1, 2.9),
-    (-3.5, 0.05, 0.83, 0.61, 0.59, 3.1, 2.9),
-    (-3.5, 0.05, 0.83, 0.61, 0.59, 3.1, 2.9),
-    (-3.5, 0.05, 0.83, 0.61, 0.59, 3.1, 2.9),
+    (-1.391, 0.679, 0.57, 0.456, 0.783, 3.248, -0.688),
+    (-1.293, 0.699, 0.612, 0.481, 0.761, 3.037, -0.755),
+    (-1.234, 0.712, 0.614, 0.495, 0.735, 2.95, -0.668),
+    (-1.156, 0.731, 0.59, 0.479, 0.75, 2.939, -0.773),
 )
 
 
@@ -224,10 +226,10 @@ def fit_weights(
         runs: predictors, each with a trace of its model that it was not made of.
         towards: draw to `WEIGHTS`, as much as 50 chosen experts weigh; else to zero, hardly.
     """
-    seen: list[list[tuple[NDArray[Any], NDArray[Any]]]] = [[] for _ in range(REACH)]
+    seen: list[list[tuple[Evidence, Evidence]]] = [[] for _ in range(REACH)]
     rng = np.random.default_rng(SEED)
     for predictor, trace in runs:
-        parts: list[list[tuple[NDArray[Any], NDArray[Any]]]] = [[] for _ in range(REACH)]
+        parts: list[list[tuple[Evidence, Evidence]]] = [[] for _ in range(REACH)]
         for one in replay(predictor, trace, REACH):
             if one.position >= one.distance:  # at the call's beginning there are no pairs
                 hot = predictor.rows_hot(one.position, one.topk_ids)
@@ -246,12 +248,11 @@ def fit_weights(
         if not parts_of:
             result.append(start[distance])
             continue
-        features, outcome = (
-            np.concatenate(p).astype(np.float64) for p in zip(*parts_of, strict=True)
-        )
+        evidence = np.concatenate([one for one, _ in parts_of]).astype(np.float64)
+        outcome = np.concatenate([one for _, one in parts_of]).astype(np.float64)
         centre = start[distance] if towards else np.zeros(len(WEIGHTS[0]))
         pull = 10.0 if towards else 1e-3
-        result.append(fit_logistic(features, outcome[:, 0], outcome[:, 1], centre, pull))
+        result.append(fit_logistic(evidence, outcome[:, 0], outcome[:, 1], centre, pull))
     return np.stack(result)
 
 
