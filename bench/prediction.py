@@ -47,11 +47,11 @@ from moe_runtime.predictors.transition import (
 from rich.console import Console
 
 import moe_runtime
+from corpora import corpora
 from moe_runtime.model_spec import read_spec
 from moe_runtime.trace import DECODE, RoutingTrace
 from moe_runtime.version import __version__
 from peers.machine import describe_machine
-from placement import corpora
 from shared_traces import load_shared_traces
 
 RESULTS = Path(__file__).parent / "results" / "prediction.json"
@@ -67,8 +67,8 @@ KINDS: tuple[type[FittedPredictor], ...] = (
 TOKENS = 256  # of a text
 TRAIN_SHARE = 0.7  # of the texts
 FITTED_TO = ("english", "python")
-SETTINGS = Settings(lookahead=4, batch_sizes=(1, 4, 16), token_by_token=True, max_tokens=1024)
-AS_RUN = Settings(lookahead=4, batch_sizes=(1, 4, 16), token_by_token=False, max_tokens=2048)
+SETTINGS = Settings(lookahead=4, batch_sizes=(1, 4, 16), token_by_token=True, max_tokens=512)
+AS_RUN = Settings(lookahead=4, batch_sizes=(1, 4, 16), token_by_token=False, max_tokens=1024)
 PLAIN = {"pair_strength": 0.01, "pair_cap": 1e9}  # counts, and popularity where there are none
 LEVELS = ("recall_k", "precision_k", "recall_2k", "precision_2k")
 
