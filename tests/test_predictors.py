@@ -316,3 +316,23 @@ def test_logistic_regression_finds_the_weights() -> None:
     np.testing.assert_allclose(found, true, atol=0.1)
     held_back = fit_logistic(x, y, np.ones(20000), np.zeros(3), 1e9)
     np.testing.assert_allclose(held_back, 0, atol=1e-3)
+
+
+def test_a_damaged_file_is_refused_or_read(
+    kind: str, mixed: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever byte is wrong: another error than ours would reach the user as a fault of ours."""
+    path = save_predictor(mixed[kind], tmp_path / "p.safetensors")
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = []
+    for at in [*rng.integers(len(whole), size=20), *rng.integers(2500, size=40)]:
+        damaged = bytearray(whole)
+        damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            load_predictor(path)
+        except PredictorError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all(str(path) in text for text in refused)
