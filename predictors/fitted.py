@@ -143,7 +143,7 @@ class FittedPredictor:
 
     def predict(self, position: int) -> Probabilities:
         """See `Predictor`."""
-        scores = np.clip(self.score(position), 0.0, 1.0).astype(np.float32)
+        scores: Probabilities = np.clip(self.score(position), 0.0, 1.0).astype(np.float32)
         if self.calibration is None:
             return scores
         return self.calibration(position, position - self.history.newest, scores)

@@ -122,7 +122,8 @@ class Neighbours:
             self._alike *= np.float32(DECAY)
             self._alike += np.float32(SAME_SETS / chosen.shape[1]) * self._shared(position, chosen)
         self._through = history.newest
-        return self._alike + self._bonus
+        result: Array = self._alike + self._bonus
+        return result
 
     def _shared(self, position: int, chosen: IntArray) -> Array:
         """float32 `[T, bank]`: how many of a layer's experts `[T, K]` bank tokens chose too."""

@@ -143,7 +143,9 @@ class PairTables:
         held = take_array(arrays, "pair_weights", (sum(map(sum, before)),), np.float32)
         if (pairs < 0).any() or (pairs > 1).any() or (held <= 0).any():
             raise PredictorError("pairs must be shares of 0 to 1 with weights above 0")
-        shares, weights, cell, row = [], [], 0, 0
+        shares: list[list[Array]] = []
+        weights: list[list[Array]] = []
+        cell = row = 0
         for counts in before:
             shares.append([])
             weights.append([])

@@ -57,7 +57,7 @@ class PreviousTokenPredictor(FittedPredictor):
         shares = popularity(origin, trace)
         if trace is None:
             return cls(origin, constants, shares, [0 * s + UNFITTED_STAY for s in shares], shares)
-        follows = np.diff(trace.sequence_ids, prepend=-1) == 0
+        follows: NDArray[np.bool_] = np.asarray(np.diff(trace.sequence_ids, prepend=-1) == 0)
         follows &= np.diff(trace.positions, prepend=-2) == 1
         stay, fresh = [], []
         for at, count in enumerate(origin.experts):
@@ -91,7 +91,7 @@ class PreviousTokenPredictor(FittedPredictor):
         previous = self.history.previous(position)
         had = self.rows_hot(position, previous) > 0
         guess = np.where(had, self._stay.of(position), self._fresh.of(position))
-        known = (previous >= 0).any(axis=1)[:, None]
+        known = (previous >= 0).any(axis=1, keepdims=True)
         result: NDArray[Any] = np.where(known, guess, self._popularity.of(position))
         return result
 
