@@ -7,7 +7,10 @@ transformers, by accelerate's disk offload (every expert on demand) and by this 
 with its other policy. Page cache counts against the limit. Run as root:
 
     python bench/switch.py            # to bench/results/switch.json; writes bench/work/switch
+    python bench/switch.py --layers 4 --checkpoint bench/work/switch-4 --batches 3 --target 8 \
+        --rounds 1 --threads 1        # scaled down to 4 + 4 layers, 1.3 GB
 
+Hit rates and peaks do not depend on what else the machine does; speeds do: see `load_average`.
 """
 
 from __future__ import annotations
