@@ -116,7 +116,7 @@ class Forecaster:
         rows = self._ask(lambda: self.predictor.predict(position))
         if rows is None:
             return None
-        values = demand(rows)
+        values = demand(np.clip(rows, 0.0, 1.0))
         if ahead <= self.lookahead:
             self._made.setdefault(position, []).append((ahead, values))
         return values
