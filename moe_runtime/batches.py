@@ -17,7 +17,7 @@ from moe_runtime.batch_run import BatchRun
 from moe_runtime.errors import AttachError, ConfigError, UnsupportedModelError
 from moe_runtime.path_forecast import PathForecast, check_predictor
 from moe_runtime.predictors.base import Predictor
-from moe_runtime.predictors.decayed_path import DecayedPath
+from moe_runtime.predictors.token_path import TokenPath
 from moe_runtime.runtime import Runtime, runtime_of
 from moe_runtime.scheduler import METHODS
 from moe_runtime.token_choice import TokenChoice
@@ -66,8 +66,8 @@ def generate_batches(  # noqa: PLR0913  its options
         window: batches under way at once; `"all"`: every prompt. Memory for keys and values grows
             with it. None: 2, and 1 in order.
         every: steps between regroupings.
-        predictor: of the next token's path, for this model's layers; it is reset. None: each
-            sequence's own last tokens (`DecayedPath`).
+        predictor: of the next token's path, for this model's layers; it is reset. None: what
+            the run itself has shown of the token and of its sequence (`TokenPath`).
         temperature, seed: 0 takes the likeliest token; else tokens are drawn, with random numbers
             that belong to the prompt's place in `prompts`.
         stop_tokens: ids that end a sequence; None: those of the model's generation configuration.
@@ -101,7 +101,7 @@ def generate_batches(  # noqa: PLR0913  its options
     if predictor is not None:
         check_predictor(predictor, None if runtime is None else runtime.spec.grid)
     elif runtime is not None:
-        predictor = DecayedPath(runtime.spec.grid)
+        predictor = TokenPath(runtime.spec.grid)
     used = predictor if options.method else None
     unknown = "no path is known: the model has no runtime and no predictor was given"
     fallback = unknown if options.method and used is None else ""

@@ -81,7 +81,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
         typer.Option(
             "--predictor",
             metavar="PRED",
-            help="With --prompts: a predictor file; else each sequence's own last tokens tell.",
+            help="With --prompts: a predictor file; else the run's own past tells.",
         ),
     ] = None,
     compare: Annotated[
