@@ -454,7 +454,7 @@ def switch(setting: Setting) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--only", choices=PARTS, nargs="+")
     parser.add_argument("--predictor", help="counts of this one only; the others are kept")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -465,7 +465,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     if given.out.exists():
         result = json.loads(given.out.read_text(encoding="utf-8"))
-    wanted = [given.only] if given.only else list(PARTS)
+    wanted = given.only or list(PARTS)
     setting = Setting(given.prompts) if set(wanted) - {"cost"} else None
     result["versions"] = {
         "moe_runtime": __version__,

@@ -60,7 +60,10 @@ class Kept:
 
 @dataclass(eq=False, kw_only=True)
 class PromptState:
-    """One prompt on its way: `tokens` are the new ones, the last of them not fed yet."""
+    """One prompt on its way: `tokens` are the new ones, the last of them not fed yet.
+
+    `last_call` is the number of the forward call that it was in last.
+    """
 
     number: int
     prompt: Sequence[int]
@@ -68,6 +71,7 @@ class PromptState:
     tokens: list[int] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     done: bool = False
+    last_call: int = 0
 
     @property
     def fed(self) -> int:
@@ -200,6 +204,8 @@ class BatchLoop:
             paths = self._forecast.paths(sum(sizes))
             if paths is not None:
                 self._regroup(paths, method)
+        # What ran last runs first: its experts are the likeliest to be resident still.
+        self._groups.sort(key=self._last_call, reverse=True)
         middle = time.perf_counter()
         caches = []
         for group in self._groups:
@@ -283,6 +289,10 @@ class BatchLoop:
             left for group in self._groups if (left := [n for n in group if not self._done(n)])
         ]
 
+    def _last_call(self, group: list[int]) -> float:
+        """Mean number of the calls that a group's sequences were in last."""
+        return sum(self._prompts[number].last_call for number in group) / len(group)
+
     def _done(self, number: int) -> bool:
         return self._prompts[number].done
 
@@ -314,8 +324,10 @@ class BatchLoop:
                 use_cache=True,
                 **{name: value for name, value in arguments.items() if name in self._names},
             )
+        calls = self.prefill.calls + self.decode.calls
         logits = output.logits[:, -1].float().to("cpu")
         for row, state in enumerate(states):
+            state.last_call = calls
             self._take(state, logits[row])
 
     def _take(self, state: PromptState, logits: torch.Tensor) -> None:
