@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,62 +20,14 @@ from moe_runtime.batch_run import PhaseCounts
 from moe_runtime.core import FloatArray, IntArray
 from moe_runtime.path_forecast import PathForecast, RoutingListener
 from moe_runtime.predictors.base import StepRows
+from moe_runtime.prompt_state import Kept, LoopOptions, PromptState
 from moe_runtime.runtime import Runtime
 from moe_runtime.scheduler import Groups, active_experts, group_sequences, group_sizes
 from moe_runtime.sequence_caches import GroupCache, gather, new_cache
-from moe_runtime.token_choice import TokenChoice
 
-__all__ = ["BatchLoop", "Kept", "LoopOptions", "PromptState"]
+__all__ = ["BatchLoop"]
 
 _KEPT_LOGITS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopOptions:
-    """What the loop does; see `generate_batches`.
-
-    `method` is None where sequences stay in order, `window` a number of batches, `stop_tokens` the
-    ids that end a sequence; `keep_logits` keeps the largest of each step.
-    """
-
-    batch_size: int
-    window: int
-    max_new_tokens: int
-    stop_tokens: frozenset[int]
-    method: str | None
-    every: int
-    least_gain: float
-    seed: int
-    keep_logits: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """The largest logits of one step: `values [64]` float32, of the tokens `ids [64]`."""
-
-    values: torch.Tensor
-    ids: torch.Tensor
-
-
-@dataclass(eq=False, kw_only=True)
-class PromptState:
-    """One prompt on its way: `tokens` are the new ones, the last of them not fed yet.
-
-    `last_call` is the number of the forward call that it was in last.
-    """
-
-    number: int
-    prompt: Sequence[int]
-    choice: TokenChoice
-    tokens: list[int] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
-    done: bool = False
-    last_call: int = 0
-
-    @property
-    def fed(self) -> int:
-        """Tokens that have gone into the model, prompt and new ones."""
-        return len(self.prompt) + len(self.tokens) - 1
 
 
 class BatchLoop:

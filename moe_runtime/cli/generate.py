@@ -70,7 +70,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
     window: Annotated[
         str | None,
         typer.Option(
-            "--window", help="With --prompts: batches under way at once, or all; 2 (in order 1)."
+            "--window", help="With --prompts: batches under way at once, or all; 4 (in order 1)."
         ),
     ] = None,
     every: Annotated[
