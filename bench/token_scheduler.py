@@ -25,6 +25,7 @@ import torch
 import transformers
 from moe_runtime.predictors.base import Predictor, Probabilities, StepRows
 from moe_runtime.predictors.decayed_path import DecayedPath
+from moe_runtime.predictors.token_path import TokenPath
 from rich.console import Console
 
 import moe_runtime
@@ -220,6 +221,7 @@ class Setting:
         return {
             "oracle": self.oracle,
             "token table": self.table,
+            "token path": TokenPath(self.grid),
             "previous token": DecayedPath(self.grid, decay=0.0),
             "decayed path": DecayedPath(self.grid),
             "token table and decayed path": Mean(self.table, DecayedPath(self.grid)),
@@ -273,18 +275,27 @@ def saved(run: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     return {short: round(1 - run[name] / base[name], 4) for short, name in names.items()}
 
 
-def counts(setting: Setting) -> dict[str, Any]:
-    """Active experts, misses and bytes by batch size, window, method and predictor."""
+def counts(setting: Setting, kept: dict[str, Any], only: str | None) -> dict[str, Any]:
+    """Active experts, misses and bytes by batch size, window, method and predictor.
+
+    They do not depend on the clock, so rows `kept` from an earlier run stand beside those of the
+    predictor called `only`.
+    """
     layers = len(setting.grid.layers)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = kept if only else {}
     for batch_size in (4, 8, 16):
-        base = setting.run(batch_size=batch_size, schedule="order")
-        assert base.outputs == setting.reference.outputs
-        rows: dict[str, Any] = {"in order": figures(base, layers)}
-        twice = setting.run(batch_size=batch_size, schedule="order", window=2)
-        rows["in order, 2 batches in turn"] = figures(twice, layers)
+        rows: dict[str, Any] = result.setdefault(str(batch_size), {})
+        base = setting.reference
+        if not only:
+            base = setting.run(batch_size=batch_size, schedule="order")
+            assert base.outputs == setting.reference.outputs
+            rows["in order"] = figures(base, layers)
+            twice = setting.run(batch_size=batch_size, schedule="order", window=2)
+            rows["in order, 2 batches in turn"] = figures(twice, layers)
         for window in (2, 4, "all"):
             for name, predictor in setting.predictors().items():
+                if only not in {None, name}:
+                    continue
                 if window == "all" and name in {"token table", "previous token"}:
                     continue
                 both = window != "all" and name in {"oracle", "decayed path"}
@@ -298,7 +309,6 @@ def counts(setting: Setting) -> dict[str, Any]:
                     row["saved"] = saved(row, rows["in order"])
                     rows[f"{method}, {name}, window {window}"] = row
                     SAY.print(batch_size, method, name, window, row["saved"])
-        result[str(batch_size)] = rows
     return result
 
 
@@ -308,7 +318,6 @@ def timing(setting: Setting, repeats: int) -> dict[str, Any]:
         "in order": {"schedule": "order"},
         "union, window 2": {"schedule": "union", "window": 2},
         "union, window 4": {"schedule": "union", "window": 4},
-        "union, window 4, token table and decayed path": {"schedule": "union", "window": 4},
         "union, window all": {"schedule": "union", "window": "all"},
         "k-medoids, window 4": {"schedule": "k-medoids", "window": 4},
     }
@@ -319,10 +328,7 @@ def timing(setting: Setting, repeats: int) -> dict[str, Any]:
         names = list(choices)
         rng.shuffle(names)
         for name in names:
-            options = dict(choices[name])
-            if "token table" in name:
-                options["predictor"] = Mean(setting.table, DecayedPath(setting.grid))
-            run = setting.run(batch_size=8, **options)
+            run = setting.run(batch_size=8, **choices[name])
             assert run.decode_tokens_per_second is not None
             assert run.tokens_per_second is not None
             rates[name].append((run.decode_tokens_per_second, run.tokens_per_second))
@@ -349,7 +355,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def cost() -> list[dict[str, Any]]:
-    """Milliseconds of one grouping of random sequences of three topics."""
+    """Milliseconds of processor time of one grouping of random sequences of three topics."""
     rows = []
     for layers, experts, top_k in ((6, 32, 4), (24, 60, 4), (24, 60, 8)):
         for sequences, batch_size in ((16, 8), (32, 16), (32, 8), (32, 4), (64, 8)):
@@ -366,9 +372,9 @@ def cost() -> list[dict[str, Any]]:
                 for form, given in (("exact", paths), ("probable", 0.02 + 0.7 * paths)):
                     seconds = []
                     for _ in range(9):
-                        began = time.perf_counter()
+                        began = time.thread_time()
                         groups = group_sequences(given, batch_size, method=method)
-                        seconds.append(time.perf_counter() - began)
+                        seconds.append(time.thread_time() - began)
                     saved_share = 1 - active_experts(paths, groups).sum() / plain
                     row[f"{method}, {form} paths"] = {
                         "ms": spread([1e3 * value for value in seconds]),
@@ -448,7 +454,8 @@ def switch(setting: Setting) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--only", choices=PARTS, nargs="+")
+    parser.add_argument("--predictor", help="counts of this one only; the others are kept")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -458,7 +465,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     if given.out.exists():
         result = json.loads(given.out.read_text(encoding="utf-8"))
-    wanted = [given.only] if given.only else list(PARTS)
+    wanted = given.only or list(PARTS)
     setting = Setting(given.prompts) if set(wanted) - {"cost"} else None
     result["versions"] = {
         "moe_runtime": __version__,
@@ -485,7 +492,8 @@ def main() -> None:
             result["settings"]["tokens that the table was fitted to"] = setting.fit_tokens
             result["settings"]["slots"] = moe_runtime.runtime_of(setting.model).budget.slots
             if part == "counts":
-                found = counts(setting)
+                kept = result.get("counts", {}).get("result", {})
+                found = counts(setting, kept, given.predictor)
             elif part == "timing":
                 found = timing(setting, given.repeats)
             else:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from moe_runtime.batch_loop import PromptState
 from moe_runtime.batch_run import Agreement
+from moe_runtime.prompt_state import PromptState
 from moe_runtime.token_choice import TokenChoice
 
 __all__ = ["compare_alone"]

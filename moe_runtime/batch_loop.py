@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,58 +20,14 @@ from moe_runtime.batch_run import PhaseCounts
 from moe_runtime.core import FloatArray, IntArray
 from moe_runtime.path_forecast import PathForecast, RoutingListener
 from moe_runtime.predictors.base import StepRows
+from moe_runtime.prompt_state import Kept, LoopOptions, PromptState
 from moe_runtime.runtime import Runtime
 from moe_runtime.scheduler import Groups, active_experts, group_sequences, group_sizes
 from moe_runtime.sequence_caches import GroupCache, gather, new_cache
-from moe_runtime.token_choice import TokenChoice
 
-__all__ = ["BatchLoop", "Kept", "LoopOptions", "PromptState"]
+__all__ = ["BatchLoop"]
 
 _KEPT_LOGITS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopOptions:
-    """What the loop does; see `generate_batches`.
-
-    `method` is None where sequences stay in order, `window` a number of batches, `stop_tokens` the
-    ids that end a sequence; `keep_logits` keeps the largest of each step.
-    """
-
-    batch_size: int
-    window: int
-    max_new_tokens: int
-    stop_tokens: frozenset[int]
-    method: str | None
-    every: int
-    least_gain: float
-    seed: int
-    keep_logits: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """The largest logits of one step: `values [64]` float32, of the tokens `ids [64]`."""
-
-    values: torch.Tensor
-    ids: torch.Tensor
-
-
-@dataclass(eq=False, kw_only=True)
-class PromptState:
-    """One prompt on its way: `tokens` are the new ones, the last of them not fed yet."""
-
-    number: int
-    prompt: Sequence[int]
-    choice: TokenChoice
-    tokens: list[int] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
-    done: bool = False
-
-    @property
-    def fed(self) -> int:
-        """Tokens that have gone into the model, prompt and new ones."""
-        return len(self.prompt) + len(self.tokens) - 1
 
 
 class BatchLoop:
@@ -200,6 +155,8 @@ class BatchLoop:
             paths = self._forecast.paths(sum(sizes))
             if paths is not None:
                 self._regroup(paths, method)
+        # What ran last runs first: its experts are the likeliest to be resident still.
+        self._groups.sort(key=self._last_call, reverse=True)
         middle = time.perf_counter()
         caches = []
         for group in self._groups:
@@ -283,6 +240,10 @@ class BatchLoop:
             left for group in self._groups if (left := [n for n in group if not self._done(n)])
         ]
 
+    def _last_call(self, group: list[int]) -> float:
+        """Mean number of the calls that a group's sequences were in last."""
+        return sum(self._prompts[number].last_call for number in group) / len(group)
+
     def _done(self, number: int) -> bool:
         return self._prompts[number].done
 
@@ -314,8 +275,10 @@ class BatchLoop:
                 use_cache=True,
                 **{name: value for name, value in arguments.items() if name in self._names},
             )
+        calls = self.prefill.calls + self.decode.calls
         logits = output.logits[:, -1].float().to("cpu")
         for row, state in enumerate(states):
+            state.last_call = calls
             self._take(state, logits[row])
 
     def _take(self, state: PromptState, logits: torch.Tensor) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moe_runtime.batch_check import compare_alone
-from moe_runtime.batch_loop import BatchLoop, LoopOptions, PromptState
+from moe_runtime.batch_loop import BatchLoop
 from moe_runtime.batch_run import BatchRun
 from moe_runtime.errors import AttachError, ConfigError, UnsupportedModelError
 from moe_runtime.path_forecast import PathForecast, check_predictor
 from moe_runtime.predictors.base import Predictor
-from moe_runtime.predictors.decayed_path import DecayedPath
+from moe_runtime.predictors.token_path import TokenPath
+from moe_runtime.prompt_state import LoopOptions, PromptState
 from moe_runtime.runtime import Runtime, runtime_of
 from moe_runtime.scheduler import METHODS
 from moe_runtime.token_choice import TokenChoice
@@ -26,6 +27,7 @@ __all__ = ["SCHEDULES", "generate_batches"]
 
 _LOG = logging.getLogger("moe_runtime")
 SCHEDULES = (*METHODS, "order")
+_WINDOW = 4  # two, as the paper has it, save half as much: bench/token_scheduler.py
 
 
 def generate_batches(  # noqa: PLR0913  its options
@@ -64,10 +66,10 @@ def generate_batches(  # noqa: PLR0913  its options
         schedule: `"union"` or `"k-medoids"`, see `scheduler.group_sequences`; `"order"`, prompts
             stay in the batches in which they come.
         window: batches under way at once; `"all"`: every prompt. Memory for keys and values grows
-            with it. None: 2, and 1 in order.
+            with it. None: 4, and 1 in order.
         every: steps between regroupings.
-        predictor: of the next token's path, for this model's layers; it is reset. None: each
-            sequence's own last tokens (`DecayedPath`).
+        predictor: of the next token's path, for this model's layers; it is reset. None: what
+            the run itself has shown of the token and of its sequence (`TokenPath`).
         temperature, seed: 0 takes the likeliest token; else tokens are drawn, with random numbers
             that belong to the prompt's place in `prompts`.
         stop_tokens: ids that end a sequence; None: those of the model's generation configuration.
@@ -101,7 +103,7 @@ def generate_batches(  # noqa: PLR0913  its options
     if predictor is not None:
         check_predictor(predictor, None if runtime is None else runtime.spec.grid)
     elif runtime is not None:
-        predictor = DecayedPath(runtime.spec.grid)
+        predictor = TokenPath(runtime.spec.grid)
     used = predictor if options.method else None
     unknown = "no path is known: the model has no runtime and no predictor was given"
     fallback = unknown if options.method and used is None else ""
@@ -201,7 +203,7 @@ def _window(window: int | str | None, schedule: str, prompts: int, batch_size: i
     """Batches under way at once, no more than the prompts need."""
     most = -(-prompts // max(batch_size, 1))
     if window is None:
-        return min(most, 1 if schedule == "order" else 2)
+        return min(most, 1 if schedule == "order" else _WINDOW)
     if window == "all":
         return most
     if not isinstance(window, int) or window < 1:

@@ -10,7 +10,6 @@ summed over groups and layers; with probabilities its expectation, sum_e 1 - pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -181,32 +180,35 @@ def _greedy(quiet: FloatArray, sizes: list[int]) -> list[list[int]]:
 
 
 def _exchange(quiet: FloatArray, groups: list[list[int]]) -> tuple[list[list[int]], float]:
-    """Exchange the best pair of sequences of two groups, again and again, until none helps.
+    """Exchange the best two sequences of different groups, again and again, until none helps.
 
     Returns:
         The groups, and the expected number of experts that they leave unused (to be maximal: with
         the number of groups fixed, that is the union to be minimal).
     """
-    others = [_without_each(quiet[group]) for group in groups]
-    unused = [
-        float(other[0] @ quiet[group[0]]) for other, group in zip(others, groups, strict=True)
-    ]
-    pending = set(combinations(range(len(groups)), 2))
-    while pending:
-        pair = min(pending)
-        pending.discard(pair)
-        a, b = pair
-        # With i of a and j of b exchanged, a leaves unused what its others and j leave unused.
-        gains = others[a] @ quiet[groups[b]].T + (others[b] @ quiet[groups[a]].T).T
+    groups = [list(group) for group in groups]
+    label = np.empty(len(quiet), np.int64)
+    others = np.empty_like(quiet)
+    for at, group in enumerate(groups):
+        label[group] = at
+        others[group] = _without_each(quiet[group])
+    # What i's group would leave unused with j in the place of i; i's own column: as it is.
+    instead = others @ quiet.T
+    while True:
+        unused = instead.diagonal()
+        gains = instead + instead.T - unused[:, None] - unused[None, :]
+        gains[label[:, None] == label[None, :]] = -np.inf
         i, j = (int(at) for at in np.unravel_index(int(gains.argmax()), gains.shape))
-        if gains[i, j] <= unused[a] + unused[b] + _TOLERANCE:
-            continue
-        groups[a][i], groups[b][j] = groups[b][j], groups[a][i]
-        for at in pair:
-            others[at] = _without_each(quiet[groups[at]])
-            unused[at] = float(others[at][0] @ quiet[groups[at][0]])
-        pending |= {two for two in combinations(range(len(groups)), 2) if a in two or b in two}
-    return groups, sum(unused)
+        if gains[i, j] <= _TOLERANCE:
+            firsts = [group[0] for group in groups]
+            return groups, float(instead[firsts, firsts].sum())
+        a, b = label[i], label[j]
+        groups[a][groups[a].index(i)], groups[b][groups[b].index(j)] = j, i
+        label[i], label[j] = b, a
+        for at in (a, b):
+            others[groups[at]] = _without_each(quiet[groups[at]])
+        changed = [*groups[a], *groups[b]]
+        instead[changed] = others[changed] @ quiet.T
 
 
 def _without_each(quiet: FloatArray) -> FloatArray:

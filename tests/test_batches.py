@@ -223,6 +223,19 @@ def test_a_recording_tells_sequences_apart(model: PreTrainedModel, alone: list[l
     assert len(np.unique(trace.sequence_ids)) == 2 * len(PROMPTS) + 1
 
 
+def test_the_batch_that_ran_last_runs_first(model: PreTrainedModel) -> None:
+    with moe_runtime.record(model) as recorder:
+        run(model, schedule="order", window=3)
+    decoded = recorder.trace.decode()
+    calls = [
+        frozenset(decoded.sequence_ids[decoded.step_ids == step].tolist())
+        for step in np.unique(decoded.step_ids)
+    ]
+    # Three batches under way, then what is left of the prompts: there and back again.
+    assert calls[:9] == [calls[at] for at in (0, 1, 2, 2, 1, 0, 0, 1, 2)]
+    assert len(set(calls[:3])) == 3
+
+
 def test_counts_are_those_of_the_routing(paged: PreTrainedModel) -> None:
     with moe_runtime.record(paged) as recorder:
         outcome = run(paged, window=2)

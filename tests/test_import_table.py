@@ -100,15 +100,16 @@ pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 token_choice      |                                        | torch
+prompt_state      | token_choice                           | torch
 sequence_caches   |                                        | torch transformers
 path_forecast     | predictors.base steps                  | torch numpy
 batch_run         |                                        |
 batch_counts      | runtime scheduler batch_run            | numpy
-batch_loop        | runtime scheduler predictors.base token_choice sequence_caches path_forecast \
+batch_loop        | runtime scheduler predictors.base prompt_state sequence_caches path_forecast \
                     batch_run batch_counts                 | torch numpy transformers
-batch_check       | batch_run batch_loop token_choice      | torch transformers
-batches           | runtime scheduler predictors.* token_choice path_forecast batch_run batch_loop \
-                    batch_check                            | transformers
+batch_check       | batch_run prompt_state token_choice    | torch transformers
+batches           | runtime scheduler predictors.* token_choice prompt_state path_forecast \
+                    batch_run batch_loop batch_check       | transformers
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
                     predictors.* importers.* trace trace_summary routing_counts corpus cli.* \

@@ -70,7 +70,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
     window: Annotated[
         str | None,
         typer.Option(
-            "--window", help="With --prompts: batches under way at once, or all; 2 (in order 1)."
+            "--window", help="With --prompts: batches under way at once, or all; 4 (in order 1)."
         ),
     ] = None,
     every: Annotated[
@@ -82,7 +82,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
             "--predictor",
             metavar="PRED",
             help="A predictor file: experts are loaded ahead by it as long as that pays. With "
-            "--prompts it says which sequences go together; else their own last tokens do.",
+            "--prompts it says which sequences go together; else the run's own past does.",
         ),
     ] = None,
     compare: Annotated[
