@@ -197,6 +197,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert {one["predictor"] for one in data["figures"]} >= {"transition", "token table"}
     assert data["domains"][0]["name"] == "held out"
 
+    fitted = run("--fit", known, "--trace", held, "--json", "--token-by-token", *few)
+    names = {one["predictor"] for one in json.loads(fitted.stdout)["figures"]}
+    assert names == {one["predictor"] for one in data["figures"]}
+    assert json.loads(fitted.stdout)["domains"][0]["decoded"] == 44
+    refitted = run("--fit", held, "--trace", held, *few)
+    assert refitted.exit_code == 2
+
     refused = run(file, "--trace", known, *few)
     assert refused.exit_code == 2
     assert "give a trace of other text" in refused.stderr
