@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from moe_runtime.predictors.files import save_predictor
+from moe_runtime.predictors.transition import PairCountPredictor, TransitionPredictor
 
 from checkpoint import Routing, Shape, Weights, config_json, write_shards
 from peers import cgroup, harness
@@ -51,22 +52,26 @@ def write_checkpoint(out: Path) -> None:
 
 def fit_predictor(traces: Path, work: Path, runs: tuple[int, ...]) -> dict[str, Path]:
     """Predictors fitted on the recordings that are not measured."""
-    from moe_runtime.predictors.transition import TransitionPredictor
-
     others = [run for at, run in enumerate(load_shared_traces(traces)[MODEL]) if at not in runs]
-    path = work / "transition.predictor.safetensors"
-    save_predictor(TransitionPredictor.fit(others), path)
-    return {"transition": path}
+    paths = {}
+    for kind in (PairCountPredictor, TransitionPredictor):
+        paths[kind.kind] = work / f"{kind.kind}.predictor.safetensors"
+        save_predictor(kind.fit(others), paths[kind.kind])
+    return paths
 
 
 def variants(fitted: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Options of `from_pretrained` by name."""
-    transition = str(fitted["transition"])
+    transition, pairs = str(fitted["transition"]), str(fitted["pair-counts"])
     return {
         BASE: {"policy": "lru"},
         "lru, predicted": {"policy": "lru", "predictor": transition},
         "lru, predicted, no trial": {
             "policy": "lru", "predictor": transition, "prediction_options": {"trial": False},
+        },
+        "lru, pair counts, no trial": {
+            "policy": "lru", "predictor": pairs,
+            "prediction_options": {"trial": False, "lookahead": 1},
         },
         "lru, oracle": {
             "policy": "lru", "predictor": "oracle", "prediction_options": {"trial": False},
@@ -84,6 +89,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "decode, batch 4": {"batch": 4, "runs": (0, 1, 3, 5), "latency": 0.0, "tokens": 64},
     "decode, batch 1, reads with 5 ms latency": {
         "batch": 1, "runs": HELD_OUT, "latency": 0.005, "tokens": 48,
+        "options": {"reader_threads": 12},
     },
 }  # fmt: skip
 
@@ -210,7 +216,9 @@ def main(
                 task = {
                     **conditions_of, "model": MODEL, "traces": str(traces.resolve()),
                     "checkpoint": str(checkpoint.resolve()), "threads": threads,
-                    "options": {"expert_budget": given, **chosen[name]},
+                    "options": {
+                        "expert_budget": given, **conditions_of.get("options", {}), **chosen[name],
+                    },
                 }  # fmt: skip
                 done[name] = run(checkpoint, task, limit)
                 seconds = done[name].get("decode_seconds") or [float("nan")]
