@@ -26,6 +26,7 @@ import torch
 import transformers
 from moe_runtime.predictors.base import Predictor
 from moe_runtime.predictors.baselines import AsLayerBefore, AsTokenBefore
+from moe_runtime.predictors.combined import CombinedPredictor
 from moe_runtime.predictors.evaluate import evaluate, likeliest
 from moe_runtime.predictors.evaluation import Evaluation, Settings
 from moe_runtime.predictors.files import load_predictor
@@ -63,6 +64,7 @@ KINDS: tuple[type[FittedPredictor], ...] = (
     TokenTablePredictor,
     PairCountPredictor,
     TransitionPredictor,
+    CombinedPredictor,
 )
 TOKENS = 256  # of a text
 TRAIN_SHARE = 0.7  # of the texts
@@ -284,6 +286,9 @@ def shared(folder: Path) -> dict[str, Any]:
         }
         if tokens_known:
             made["token table"] = run.made(TokenTablePredictor)
+            both = [TokenTablePredictor.candidates[0], {**TransitionPredictor.candidates[0]}]
+            both[1]["weights"] = weights.tolist()
+            made["combined, evenly"] = run.made(CombinedPredictor, members=both)
         rows: dict[str, Any] = {name: recalls(one, run.trace) for name, one in made.items()}
         ratio = {
             against: {
