@@ -26,6 +26,7 @@ import torch
 import transformers
 from moe_runtime.predictors.base import Predictor
 from moe_runtime.predictors.baselines import AsLayerBefore, AsTokenBefore
+from moe_runtime.predictors.combined import CombinedPredictor
 from moe_runtime.predictors.evaluate import evaluate, likeliest
 from moe_runtime.predictors.evaluation import Evaluation, Settings
 from moe_runtime.predictors.files import load_predictor
@@ -63,12 +64,13 @@ KINDS: tuple[type[FittedPredictor], ...] = (
     TokenTablePredictor,
     PairCountPredictor,
     TransitionPredictor,
+    CombinedPredictor,
 )
 TOKENS = 256  # of a text
 TRAIN_SHARE = 0.7  # of the texts
 FITTED_TO = ("english", "python")
-SETTINGS = Settings(lookahead=3, batch_sizes=(1, 4, 16), token_by_token=True, max_tokens=384)
-AS_RUN = Settings(lookahead=1, batch_sizes=(1, 4, 16), token_by_token=False, max_tokens=1024)
+SETTINGS = Settings(lookahead=3, batch_sizes=(1, 4, 16), token_by_token=True, max_tokens=0)
+AS_RUN = Settings(lookahead=1, batch_sizes=(1, 4, 16), token_by_token=False, max_tokens=0)
 PLAIN = {"pair_strength": 0.01, "pair_cap": 1e9}  # counts, and popularity where there are none
 LEVELS = ("recall_k", "precision_k", "recall_2k", "precision_2k")
 
@@ -95,6 +97,12 @@ def load_texts() -> dict[str, Texts]:
     return result
 
 
+def windows(texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """16 of the texts, 40 tokens from the middle of each."""
+    starts = [max(0, (len(ids) - 40) // 2) for ids in texts[:16]]
+    return [ids[start : start + 40] for ids, start in zip(texts, starts, strict=False)]
+
+
 def record_texts(model: Any, texts: Sequence[torch.Tensor]) -> RoutingTrace:
     with torch.no_grad(), moe_runtime.record(model) as recorder:
         for ids in texts:
@@ -117,7 +125,7 @@ def bundled(files: Sequence[Path], fitted_to: Sequence[str]) -> dict[str, Any]:
         moe_runtime.bundled_model(), expert_budget="100%", device="cpu"
     )
     train = {name: record_texts(model, texts[name].train) for name in fitted_to}
-    held = {name: record_texts(model, one.test) for name, one in texts.items()}
+    held = {name: record_texts(model, windows(one.test)) for name, one in texts.items()}
     generated = record_generated(model, texts["english"].test[:16])
     moe_runtime.detach(model)
     result: dict[str, Any] = {
@@ -191,7 +199,7 @@ def lookahead(train: Sequence[torch.Tensor], texts: dict[str, Texts]) -> dict[st
         predictor = GateLookaheadPredictor.fit_model(model, train, steps=steps, seed=SEED)
         rows = {}
         for domain, one in texts.items():
-            recording = record_hidden(model, spec, one.test, SETTINGS.max_tokens)
+            recording = record_hidden(model, spec, windows(one.test), 10**6)
             rows[domain] = recalls(predictor, as_decode(recording.trace), recording.hidden)
         result[name] = rows
         SAY.print("gate lookahead", name, rows)
@@ -278,6 +286,9 @@ def shared(folder: Path) -> dict[str, Any]:
         }
         if tokens_known:
             made["token table"] = run.made(TokenTablePredictor)
+            both = [TokenTablePredictor.candidates[0], {**TransitionPredictor.candidates[0]}]
+            both[1]["weights"] = weights.tolist()
+            made["combined, evenly"] = run.made(CombinedPredictor, members=both)
         rows: dict[str, Any] = {name: recalls(one, run.trace) for name, one in made.items()}
         ratio = {
             against: {

@@ -44,6 +44,7 @@ KINDS = {  # kind -> module in this package, class; imported when a file of the 
     "token-table": ("token_table", "TokenTablePredictor"),
     "pair-counts": ("transition", "PairCountPredictor"),
     "transition": ("transition", "TransitionPredictor"),
+    "combined": ("combined", "CombinedPredictor"),
     "gate-lookahead": ("gate_lookahead", "GateLookaheadPredictor"),
     "routing-path": ("routing_path", "RoutingPathPredictor"),
 }

@@ -60,9 +60,9 @@ def test_what_is_saved_comes_back(path: Path) -> None:
         ({"layer_ids": "[1, 2]"}, "2 layer_ids, 4 experts"),
         ({"top_k": "[2, 2, 2, 99]"}, "16 experts and top_k 99"),
         ({"constants": "[]"}, "'constants' is no JSON object"),
-        ({"constants": "{}"}, "'popularity_strength' is missing"),
+        ({"constants": "{}"}, "'strength' is missing"),
         ({"constants": "{"}, "p.predictor.safetensors: "),
-        ({"constants": '{"popularity_strength": -1}'}, "strength above 0"),
+        ({"constants": '{"strength": -1}'}, "'strength' must be a number above 0"),
         ({"figures": None}, "'figures' is missing"),
     ],
 )

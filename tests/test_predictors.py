@@ -23,7 +23,7 @@ from moe_runtime.core import ExpertGrid
 from moe_runtime.errors import PredictorError
 from moe_runtime.trace import RoutingTrace
 
-KINDS = ("popularity", "previous-token", "token-table", "pair-counts", "transition")
+KINDS = ("popularity", "previous-token", "token-table", "pair-counts", "transition", "combined")
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 3, 12, 2, 20
 
 
@@ -175,6 +175,32 @@ def test_it_finds_its_cause(kind: str, how: dict[str, float], least: float) -> N
     assert found > least
 
 
+def test_together_they_know_more_than_each() -> None:
+    """The token decides one of a layer's two experts, the layer before the other."""
+    token_kind = np.random.default_rng(99).integers(6, size=(VOCABULARY, LAYERS))
+    before = np.random.default_rng(98).permutation(6)
+
+    def trace(tokens: int, seed: int) -> RoutingTrace:
+        base = made_trace(tokens, seed=seed)
+        rng = np.random.default_rng(seed)
+        ids = np.zeros((tokens, LAYERS, TOP_K), np.uint16)
+        ids[:, :, 0] = token_kind[base.token_ids]
+        ids[:, 0, 1] = 6 + rng.integers(6, size=tokens)
+        for layer in range(1, LAYERS):
+            same = rng.random(tokens) < 0.9
+            ids[:, layer, 1] = 6 + np.where(
+                same, before[ids[:, layer - 1, 1] - 6], rng.integers(6, size=tokens)
+            )
+        return RoutingTrace(**{**base.columns(), "topk_ids": ids}, **base.description())
+
+    known, held = trace(120, 1), trace(120, 2)
+    found = {
+        kind: recall(fitted(kind, known), held, first=1)
+        for kind in ("token-table", "pair-counts", "combined")
+    }
+    assert found["combined"] > max(found["token-table"], found["pair-counts"]) + 0.02
+
+
 def test_the_chosen_set_says_more_than_its_members() -> None:
     """The next expert is the exclusive or of two: no single one says anything about it."""
     rng = np.random.default_rng(5)
@@ -225,7 +251,7 @@ def test_no_token_ids(tmp_path: Path) -> None:
         fitted("token-table", blind)
     with pytest.raises(PredictorError, match="the trace knows none"):
         forecasts(unfitted("token-table", blind), blind)
-    for kind in set(KINDS) - {"token-table"}:
+    for kind in set(KINDS) - {"token-table", "combined"}:
         assert forecasts(unfitted(kind, blind), blind[:10])
 
 

@@ -17,7 +17,9 @@ from moe_runtime.trace import RoutingTrace
 
 __all__ = ["evaluate_predictor"]
 
-FITTED = ("popularity", "previous-token", "token-table", "pair-counts", "transition")
+FITTED = (
+    *("popularity", "previous-token", "token-table", "pair-counts", "transition", "combined"),
+)
 
 
 def evaluate_predictor(
