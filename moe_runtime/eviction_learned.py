@@ -6,7 +6,7 @@ Knows nothing of slots, tiers, tensors or tokens' ids: it sees routing and ranks
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,9 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.resemblance import Likeness, PassMemory
 from moe_runtime.selection import lowest_few
 
-__all__ = ["Echo", "EchoConstants"]
+__all__ = ["TINY", "Echo", "EchoConstants", "UseCounts"]
 
-_TINY = 1e-30  # keeps the logarithm of a count that has decayed away finite
+TINY = 1e-30  # keeps the logarithm of a count that has decayed away finite
 _SLOW, _RECENT = 1, 2  # rows of the counts; the fast one is row 0
 
 
@@ -73,6 +73,55 @@ class EchoConstants:
             )
 
 
+class CountConstants(Protocol):
+    """The constants of `UseCounts`; see `EchoConstants`."""
+
+    @property
+    def fast(self) -> float: ...
+    @property
+    def slow(self) -> float: ...
+    @property
+    def fast_share(self) -> float: ...
+    @property
+    def recent(self) -> float: ...
+    @property
+    def recent_fade(self) -> float: ...
+
+
+class UseCounts:
+    """How often, and how lately, each expert was used: two decayed counts and a trace of recency.
+
+    Args:
+        size: experts of the grid.
+        constants: see there.
+    """
+
+    def __init__(self, size: int, constants: CountConstants) -> None:
+        c = constants
+        self._counts = np.zeros((3, size))
+        self._kept = np.array([[c.fast], [c.slow], [c.recent_fade]])
+        self._mixture = np.array([c.fast_share, 1.0 - c.fast_share, c.recent])
+        self.logarithm = np.full(size, np.log(TINY))  # of the mixture of the three
+
+    @property
+    def slow(self) -> FloatArray:
+        """The slow count, `[size]`: the decayed share of the steps that used an expert."""
+        return self._counts[_SLOW]
+
+    def take(
+        self, layer: slice, experts: IntArray, share: NDArray[np.float32], busiest: int
+    ) -> None:
+        """A step of the layer at dense indices `layer`: experts, their shares, most tokens."""
+        kept = self._kept if busiest == 1 else self._kept**busiest
+        counts = self._counts[:, layer]
+        counts *= kept
+        counts[:_RECENT, experts] += (1.0 - kept[:_RECENT]) * share
+        counts[_RECENT, experts] = share
+        mixed = self._mixture @ counts
+        mixed += TINY
+        np.log(mixed, out=self.logarithm[layer])
+
+
 class Echo:
     """Keeps the experts that followed the moments of this run which resemble the present one.
 
@@ -108,10 +157,7 @@ class Echo:
         self._memory = PassMemory(grid, c.history, [likeness])
         self._echo: NDArray[np.float32] = np.zeros(0, np.float32)
         self._position = len(grid.layers)  # of the last observed layer
-        self._counts = np.zeros((3, grid.size))
-        self._kept = np.array([[c.fast], [c.slow], [c.recent_fade]])
-        self._mixture = np.array([c.fast_share, 1.0 - c.fast_share, c.recent])
-        self._log_counts = np.full(grid.size, np.log(_TINY))
+        self._counts = UseCounts(grid.size, c)
         self._value = np.zeros(grid.size)
         self._future = (c.discount ** np.arange(c.horizon + 1)).astype(np.float32)
         self._visits = 1.0 / (1.0 - min(c.discount, 0.99))
@@ -136,7 +182,7 @@ class Echo:
         busiest = int(tokens.max(initial=1))
         share = (tokens / busiest).astype(np.float32)
         self._memory.take(dense, share)
-        self._count(layer, experts, share, busiest)
+        self._counts.take(layer, experts, share, busiest)
         if now := self._memory.now:
             # Entry `r`: the weight of pass `r`, and of those before it, discounted, since `r`
             # followed them. Moved on by one it tells of the next pass.
@@ -147,28 +193,15 @@ class Echo:
             self._memory.clock + 1 + self._due[start]
         )
 
-    def _count(
-        self, layer: slice, experts: IntArray, share: NDArray[np.float32], busiest: int
-    ) -> None:
-        """The counts of one layer, and the logarithm of their mixture."""
-        kept = self._kept if busiest == 1 else self._kept**busiest
-        counts = self._counts[:, layer]
-        counts *= kept
-        counts[:_RECENT, experts] += (1.0 - kept[:_RECENT]) * share
-        counts[_RECENT, experts] = share
-        mixed = self._mixture @ counts
-        mixed += _TINY
-        np.log(mixed, out=self._log_counts[layer])
-
     def _worth(self, heard: NDArray[np.float32], experts: slice | IntArray) -> FloatArray:
         """Keep-values, but for the time until the layer, of experts with this echo."""
         c = self._constants
         prior = c.prior * self._visits / (c.prior + max(len(self._echo), 1))
-        value = heard + prior * self._counts[_SLOW, experts]
-        value += _TINY
+        value = heard + prior * self._counts.slow[experts]
+        value += TINY
         np.log(value, out=value)
         value *= c.trust
-        value += (1.0 - c.trust) * self._log_counts[experts]
+        value += (1.0 - c.trust) * self._counts.logarithm[experts]
         return value
 
     def _value_now(self, experts: IntArray) -> FloatArray:

@@ -142,7 +142,7 @@ def test_ranks_are_copies(name: str) -> None:
 
 
 def test_an_unknown_policy_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"'mru'; known: lru, lfu, static, echo, belady"):
+    with pytest.raises(ConfigError, match=r"'mru'; known: lru, lfu, static, echo, predicted, belady"):
         make_policy("mru", GRID)
 
 

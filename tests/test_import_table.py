@@ -57,7 +57,8 @@ budget            | memory model_spec slots store          | torch transformers
 selection         |                                        | numpy
 resemblance       |                                        | numpy
 eviction_learned  | resemblance selection                  | numpy
-eviction          | access eviction_learned selection      | numpy
+eviction_predicted | eviction_learned resemblance selection | numpy
+eviction          | access eviction_learned eviction_predicted selection | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
 predictors.*      | trace predictors.*                     | torch numpy safetensors
