@@ -18,8 +18,6 @@ from moe_runtime.selection import lowest_few
 
 __all__ = ["Predicted", "PredictedConstants"]
 
-_OVERLAP, _OVERLAP_STEP, _OVERLAP_FLOOR = 0.3, 0.1, 0.05  # start, rate and floor of its average
-
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedConstants:
@@ -37,32 +35,30 @@ class PredictedConstants:
         recent_fade: kept part of that per step.
         trust, rare_trust: weights of the two echoes in the logarithm of the keep-value, the rest
             is the counts'; 0 or more, at most 1 together.
-        steady: weight of the logarithm of how far a layer's experts are those of the pass before.
         order: how much less an expert is worth for each pass until its layer comes.
         certain: worth of a use that is predicted for certain, in discounted uses.
         doubtful: how many candidates at least, the worst by their last value, are valued anew.
         history: passes remembered at most.
     """
 
-    sharpness: float = 1.76
-    fade: float = 0.8
-    carry: float = 0.64
-    rare_sharpness: float = 3.0
+    sharpness: float = 1.59
+    fade: float = 0.72
+    carry: float = 0.47
+    rare_sharpness: float = 2.14
     rare_fade: float = 0.9
-    rare_carry: float = 0.3
-    discount: float = 0.51
-    rare_discount: float = 0.51
+    rare_carry: float = 0.24
+    discount: float = 0.46
+    rare_discount: float = 0.57
     horizon: int = 3
-    prior: float = 9.2
-    fast: float = 0.9
-    slow: float = 0.96
-    fast_share: float = 0.56
-    recent: float = 0.18
-    recent_fade: float = 0.54
-    trust: float = 0.35
-    rare_trust: float = 0.25
-    steady: float = 0.1
-    order: float = 1.27
+    prior: float = 5.72
+    fast: float = 0.92
+    slow: float = 0.971
+    fast_share: float = 0.68
+    recent: float = 0.21
+    recent_fade: float = 0.38
+    trust: float = 0.37
+    rare_trust: float = 0.16
+    order: float = 1.35
     certain: float = 8.0
     doubtful: int = 16
     history: int = 160
@@ -78,7 +74,7 @@ class PredictedConstants:
                 raise ConfigError(f"predicted: {field.name} has to be finite, found {value}")
             if field.name in parts and not 0 <= value <= 1:
                 raise ConfigError(f"predicted: {field.name} has to lie in 0..1, found {value}")
-            if value < 0 and field.name != "steady":
+            if value < 0:
                 raise ConfigError(f"predicted: {field.name} cannot be negative, found {value}")
         if self.trust + self.rare_trust > 1:
             raise ConfigError(
@@ -96,20 +92,19 @@ class Predicted:
     """Keeps what is expected to be used soonest, from the run's own past and from a predictor.
 
     As `Echo` it listens to the earlier passes that resemble the present one (see there for what
-    a pass is), but in two ways, plainly and by surprising experts, and it knows which layers keep
-    their experts from pass to pass. What an expert is worth, in discounted uses, is
+    a pass is), but in two ways, plainly and by surprising experts. What an expert is worth, in
+    discounted uses, is
 
         log worth = trust * log(echo) + rare_trust * log(rare echo)
                     + (1 - trust - rare_trust) * log(decayed counts)
-                    + steady * log(the layer's overlap from pass to pass)
 
     and its keep-value is `log worth - order * (passes until its layer)`. Where a predictor gives
     a probability `P` for the coming step of the expert's layer (`expect`), that step is split off:
 
-        keep-value = log(certain * P + worth * (1 - P) * exp(-order)) - order * (passes until)
+        keep-value = log(certain * P + worth * (1 - P)) - order * (passes until)
 
-    so that a certain use is worth `certain`, and an expert that will not be used waits one pass
-    more. Without `expect` it works alone. It is deterministic and starts knowing nothing.
+    so that a certain use is worth `certain`. Without `expect` it works alone. It is deterministic
+    and starts knowing nothing.
 
     To stay cheap an expert is valued when its layer is passed or expected, and again only where it
     is among the `doubtful` lowest that are asked about.
@@ -125,8 +120,7 @@ class Predicted:
         self._constants = c = constants or PredictedConstants()
         self._bounds = [(at, at + n) for at, n in zip(grid.offsets, grid.experts, strict=True)]
         layers = max(len(grid.layers), 1)
-        self._layer_of = np.repeat(np.arange(len(grid.layers)), grid.experts)
-        self._due = self._layer_of / layers
+        self._due = np.repeat(np.arange(len(grid.layers)) / layers, grid.experts)
         plain = Likeness(sharpness=c.sharpness, fade=c.fade, carry=c.carry, prior=c.prior)
         rare = Likeness(
             sharpness=c.rare_sharpness,
@@ -144,7 +138,6 @@ class Predicted:
         self._echoes: Shares = np.zeros((0, 2), np.float32)
         self._position = len(grid.layers)  # of the last observed layer
         self._reached = grid.size  # below it lie the layers that the present pass has passed
-        self._overlap = np.full(len(grid.layers), _OVERLAP)
         self._worth = np.full(grid.size, np.log(TINY))  # log worth when last valued
         self._value = np.zeros(grid.size)
         self._expected = np.full(grid.size, np.nan)
@@ -159,12 +152,9 @@ class Predicted:
         layer, dense = slice(start, stop), experts + start
         busiest = int(tokens.max(initial=1))
         share = (tokens / busiest).astype(np.float32)
-        if now := memory.now:
-            kept = float(memory.used[dense, now - 1].mean()) - self._overlap[position]
-            self._overlap[position] += _OVERLAP_STEP * kept
         memory.take(dense, share)
         self._counts.take(layer, experts, share, busiest)
-        if now:
+        if now := memory.now:
             self._echoes = np.stack(
                 [
                     np.convolve(memory.weights(number), future)[:now]
@@ -211,10 +201,11 @@ class Predicted:
         values = self._value[candidates]
         if not len(self._echoes):
             return values
-        doubtful = self._constants.doubtful
-        if len(candidates) <= doubtful:
-            return self._value_now(candidates)
-        lowest = lowest_few(values, doubtful)
+        doubtful, lowest = self._constants.doubtful, np.arange(len(candidates))
+        if len(candidates) > doubtful:
+            lowest = lowest_few(values, doubtful)
+        # Which are valued anew, and in which order, must not depend on the order of `candidates`.
+        lowest = lowest[np.lexsort((candidates[lowest], values[lowest]))[:doubtful]]
         values[lowest] = self._value_now(candidates[lowest])
         return values
 
@@ -226,9 +217,6 @@ class Predicted:
         told += TINY
         worth: FloatArray = np.log(told) @ self._trusts
         worth += (1.0 - c.trust - c.rare_trust) * self._counts.logarithm[experts]
-        # All experts of a slice are of one layer: its first says which.
-        layers = self._layer_of[experts.start if isinstance(experts, slice) else experts]
-        worth += c.steady * np.log(self._overlap[layers] + _OVERLAP_FLOOR)
         return worth
 
     def _keep_value(self, worth: FloatArray, experts: IntArray) -> FloatArray:
@@ -238,7 +226,7 @@ class Predicted:
         chance = self._expected[experts]
         known = ~np.isnan(chance)
         if known.any():
-            later = np.exp(worth[known] - order) * (1.0 - chance[known])
+            later = np.exp(worth[known]) * (1.0 - chance[known])
             worth = worth.copy()
             worth[known] = np.log(self._constants.certain * chance[known] + later + TINY)
         value: FloatArray = worth - order * due
