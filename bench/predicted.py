@@ -6,7 +6,6 @@ times only the policies' own calls. Run:
 
     python bench/predicted.py                   # to bench/results/predicted.json
     python bench/predicted.py --only batches    # one part; the others are kept
-    python bench/predicted.py --fit 130         # first searches the constants (hours)
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -27,8 +26,8 @@ from rich.console import Console
 from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid
 from moe_runtime.eviction import Belady, EvictionPolicy, make_policy
-from moe_runtime.eviction_learned import Echo, EchoConstants
-from moe_runtime.eviction_predicted import Predicted, PredictedConstants
+from moe_runtime.eviction_learned import EchoConstants
+from moe_runtime.eviction_predicted import Predicted
 from moe_runtime.simulate import simulate
 from moe_runtime.trace import RoutingTrace
 from moe_runtime.version import __version__
@@ -40,81 +39,15 @@ from shared_traces import TRACE_NAMES
 RESULTS = Path(__file__).parent / "results" / "predicted.json"
 SHARES = (0.125, 0.25)
 TARGET = 1.25
-SEED = 1
+# A second resemblance, by surprising experts, and all constants searched anew by an evolution
+# strategy on the three other models: measured as commit 3bfe81b has it, and no better held out.
+DROPPED = {
+    "two echoes, fitted on the other models": {"0.125": 1.4459, "0.25": 1.408},
+    "two echoes, fitted on all four": {"0.125": 1.4404, "0.25": 1.3981},
+}
 SAY = Console(stderr=True, highlight=False)
 Maker = Callable[[ExpertGrid], EvictionPolicy]
 Bounds = dict[tuple[str, float], tuple[int, int]]
-
-# What is searched, and the box that it stays in.
-BOX: dict[str, tuple[float, float]] = {
-    "sharpness": (0.5, 5), "fade": (0.5, 0.98), "carry": (0, 0.95), "discount": (0.2, 0.85),
-    "prior": (0.3, 30), "fast": (0.5, 0.95), "slow": (0.92, 0.995), "fast_share": (0, 1),
-    "recent": (0, 0.6), "recent_fade": (0.2, 0.95), "trust": (0, 0.9), "order": (0.2, 3),
-    "rare_sharpness": (0.5, 8), "rare_fade": (0.5, 0.99), "rare_carry": (0, 0.95),
-    "rare_trust": (0, 0.9), "rare_discount": (0.2, 0.9),
-}  # fmt: skip
-
-
-# -- fitting ---------------------------------------------------------------------------------------
-
-
-def constants_at(point: np.ndarray) -> PredictedConstants:
-    """Constants of a point of the unit cube."""
-    spans = zip(BOX.items(), point, strict=True)
-    values = {name: float(low + x * (high - low)) for (name, (low, high)), x in spans}
-    both = max(values["trust"] + values["rare_trust"], 1.0)
-    values["trust"], values["rare_trust"] = values["trust"] / both, values["rare_trust"] / both
-    return PredictedConstants(**{name: round(value, 4) for name, value in values.items()})
-
-
-def search(
-    data: dict[str, list[Recording]], bounds: Bounds, names: Sequence[str], draws: int
-) -> PredictedConstants:
-    """An evolution strategy with an adapted covariance (Hansen's CMA-ES, its rank-mu update):
-    the least mean ratio over these models and both shares, from `echo`'s shipped constants on.
-    """
-    rng = np.random.default_rng(SEED)
-    start = {
-        **asdict(EchoConstants()),
-        "trust": 0.35,
-        "rare_trust": 0.25,
-        "rare_sharpness": 3.0,
-        "rare_fade": 0.9,
-        "rare_carry": 0.3,
-        "rare_discount": 0.51,
-    }
-    mean = np.array([(start[n] - low) / (high - low) for n, (low, high) in BOX.items()])
-    size, kept = 10, 5
-    shares = np.log(kept + 0.5) - np.log(np.arange(1, kept + 1))
-    shares /= shares.sum()
-    covariance, width, path = np.eye(len(mean)), 0.07, np.zeros(len(mean))
-    best, least = constants_at(mean), np.inf
-    for _ in range(0, draws, size):
-        root = np.linalg.cholesky(covariance + 1e-9 * np.eye(len(mean)))
-        normal = rng.standard_normal((size, len(mean)))
-        points = np.clip(mean + width * normal @ root.T, 0, 1)
-        ratios = []
-        for point in points:
-            constants = constants_at(point)
-            ratios.append(
-                fmean(
-                    replay(lambda grid, c=constants: Predicted(grid, c), data[name], share)[0]
-                    / bounds[name, share][0]
-                    for name in names
-                    for share in SHARES
-                )
-            )
-            if ratios[-1] < least:
-                best, least = constants, ratios[-1]
-        order = np.argsort(ratios)[:kept]
-        steps = (points[order] - mean) / width
-        mean = mean + width * (shares @ steps)
-        covariance = 0.85 * covariance + 0.15 * (steps.T * shares) @ steps
-        path = 0.7 * path + 0.6 * (shares @ normal[order]) * kept**0.5
-        width *= float(np.exp(0.15 * (np.linalg.norm(path) / len(mean) ** 0.5 - 1)))
-        width = min(max(width, 0.02), 0.12)
-        SAY.print(names, f"{least:.4f}")
-    return best
 
 
 # -- the shared traces -----------------------------------------------------------------------------
@@ -186,7 +119,7 @@ class Foreseeing:
 
 
 def foreseen(
-    data: dict[str, list[Recording]], bounds: Bounds, constants: dict[str, PredictedConstants],
+    data: dict[str, list[Recording]], bounds: Bounds, constants: dict[str, EchoConstants],
     *, whole: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Ratios with an oracle behind `expect`."""
@@ -213,39 +146,26 @@ def _row(label: str) -> tuple[str, dict[str, Any]]:
     return label, _ROWS[label]()
 
 
-def shared(folder: Path, fitted: dict[str, Any], workers: int) -> dict[str, Any]:
+def shared(folder: Path, workers: int) -> dict[str, Any]:
     """The table and the ablation, everything fitted on the other three models."""
     data = recordings(folder)
     bounds = {(n, share): optimum(data[n], share) for n in TRACE_NAMES for share in SHARES}
-    if fitted.get("draws"):
-        groups = {"all": list(TRACE_NAMES)}
-        groups |= {out: [n for n in TRACE_NAMES if n != out] for out in TRACE_NAMES}
-        for left_out, names in groups.items():
-            found = search(data, bounds, names, fitted["draws"])
-            fitted[left_out] = {name: getattr(found, name) for name in BOX}
-    ours = {name: PredictedConstants(**fitted[name]) for name in TRACE_NAMES}
-    echoes = json.loads(POLICIES.read_text())["fitted"]["echo"]
-    decays = json.loads(POLICIES.read_text())["fitted"]["lfu"]
+    fitted = json.loads(POLICIES.read_text())["fitted"]
+    ours = {name: EchoConstants(**fitted["echo"][name]) for name in TRACE_NAMES}
 
     def variant(**changes: float) -> Callable[[str], Maker]:
         return lambda name: lambda grid: Predicted(grid, replace(ours[name], **changes))
 
-    def one_echo(name: str) -> Maker:
-        trust = ours[name].trust + ours[name].rare_trust
-        return lambda grid: Predicted(grid, replace(ours[name], trust=trust, rare_trust=0.0))
-
     rows: dict[str, tuple[Callable[[str], Maker], str]] = {
         "lru": (lambda _: lambda grid: make_policy("lru", grid), "nothing"),
-        "lfu": (lambda n: lambda grid: make_policy("lfu", grid, decay=decays[n]), "nothing"),
-        "echo": (lambda n: lambda grid: Echo(grid, EchoConstants(**echoes[n])), "nothing"),
+        "lfu": (lambda n: lambda grid: make_policy("lfu", grid, decay=fitted["lfu"][n]), "nothing"),
         "predicted": (variant(), "nothing"),
         "predicted after prompt": (variant(), "prompt"),
         "predicted after prompt tokens": (variant(), "prompt tokens"),
         "predicted, shipped constants": (
             lambda _: lambda grid: make_policy("predicted", grid), "nothing",
         ),
-        "without echoes": (variant(trust=0.0, rare_trust=0.0), "nothing"),
-        "one echo": (one_echo, "nothing"),
+        "without the echo": (variant(trust=0.0), "nothing"),
         "without layer order": (variant(order=0.0), "nothing"),
     }  # fmt: skip
     for label, (make, known) in rows.items():
@@ -257,7 +177,7 @@ def shared(folder: Path, fitted: dict[str, Any], workers: int) -> dict[str, Any]
         for label, row in pool.imap_unordered(_row, list(_ROWS)):
             table[label] = row
             SAY.print(label, {s: (e["mean"], e["traces"]) for s, e in row.items()})
-    return {"target": TARGET, "policies": table, "fitted": fitted, "machine": machine()}
+    return {"target": TARGET, "policies": table, "tried and dropped": DROPPED, "machine": machine()}
 
 
 # -- batches of the bundled model ------------------------------------------------------------------
@@ -329,18 +249,11 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=Path("../shared/traces"))
     parser.add_argument("--only", choices=("shared", "batches"))
     parser.add_argument("--workers", type=int, default=4, help="rows measured at a time")
-    parser.add_argument("--fit", type=int, default=0, metavar="N", help="try N sets of constants")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    fitted = dict(found.get("shared", {}).get("fitted", {}))
-    if not fitted or options.fit:
-        names = [field.name for field in fields(PredictedConstants) if field.name in BOX]
-        fitted = {"draws": options.fit or 130, "seed": SEED, "searched": names}
-    else:
-        fitted = {k: v for k, v in fitted.items() if k != "draws"}
-    found |= {"moe_runtime": __version__, "seed": SEED}
-    parts = {"shared": lambda: shared(options.traces, fitted, options.workers), "batches": batches}
+    found |= {"moe_runtime": __version__}
+    parts = {"shared": lambda: shared(options.traces, options.workers), "batches": batches}
     for part, measure in parts.items():
         if options.only in (None, part):
             found[part] = measure()

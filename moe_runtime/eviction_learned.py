@@ -6,19 +6,18 @@ Knows nothing of slots, tiers, tensors or tokens' ids: it sees routing and ranks
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_runtime.core import ExpertGrid, FloatArray, IntArray
 from moe_runtime.errors import ConfigError
-from moe_runtime.resemblance import Likeness, PassMemory
 from moe_runtime.selection import lowest_few
 
-__all__ = ["TINY", "Echo", "EchoConstants", "UseCounts"]
+__all__ = ["Echo", "EchoConstants"]
 
-TINY = 1e-30  # keeps the logarithm of a count that has decayed away finite
+_TINY = 1e-30  # keeps the logarithm of a count that has decayed away finite
 _SLOW, _RECENT = 1, 2  # rows of the counts; the fast one is row 0
 
 
@@ -73,55 +72,6 @@ class EchoConstants:
             )
 
 
-class CountConstants(Protocol):
-    """The constants of `UseCounts`; see `EchoConstants`."""
-
-    @property
-    def fast(self) -> float: ...
-    @property
-    def slow(self) -> float: ...
-    @property
-    def fast_share(self) -> float: ...
-    @property
-    def recent(self) -> float: ...
-    @property
-    def recent_fade(self) -> float: ...
-
-
-class UseCounts:
-    """How often, and how lately, each expert was used: two decayed counts and a trace of recency.
-
-    Args:
-        size: experts of the grid.
-        constants: see there.
-    """
-
-    def __init__(self, size: int, constants: CountConstants) -> None:
-        c = constants
-        self._counts = np.zeros((3, size))
-        self._kept = np.array([[c.fast], [c.slow], [c.recent_fade]])
-        self._mixture = np.array([c.fast_share, 1.0 - c.fast_share, c.recent])
-        self.logarithm = np.full(size, np.log(TINY))  # of the mixture of the three
-
-    @property
-    def slow(self) -> FloatArray:
-        """The slow count, `[size]`: the decayed share of the steps that used an expert."""
-        return self._counts[_SLOW]
-
-    def take(
-        self, layer: slice, experts: IntArray, share: NDArray[np.float32], busiest: int
-    ) -> None:
-        """A step of the layer at dense indices `layer`: experts, their shares, most tokens."""
-        kept = self._kept if busiest == 1 else self._kept**busiest
-        counts = self._counts[:, layer]
-        counts *= kept
-        counts[:_RECENT, experts] += (1.0 - kept[:_RECENT]) * share
-        counts[_RECENT, experts] = share
-        mixed = self._mixture @ counts
-        mixed += TINY
-        np.log(mixed, out=self.logarithm[layer])
-
-
 class Echo:
     """Keeps the experts that followed the moments of this run which resemble the present one.
 
@@ -153,13 +103,21 @@ class Echo:
         self._bounds = [(at, at + n) for at, n in zip(grid.offsets, grid.experts, strict=True)]
         layers = max(len(grid.layers), 1)
         self._due = np.repeat(np.arange(len(grid.layers)) / layers, grid.experts)
-        likeness = Likeness(sharpness=c.sharpness, fade=c.fade, carry=c.carry, prior=c.prior)
-        self._memory = PassMemory(grid, c.history, [likeness])
+        # What each pass used: a row is an expert, so that a layer is a block; a column is a pass.
+        self._used: NDArray[np.float32] = np.zeros((grid.size, c.history), np.float32)
+        self._alike: NDArray[np.float32] = np.zeros(c.history, np.float32)
+        self._alike_limit = 0.0  # what _alike would be for a pass that used the very same experts
         self._echo: NDArray[np.float32] = np.zeros(0, np.float32)
+        self._pass = -1  # column of the present pass
+        self._clock = 0  # passes begun, not wrapped
         self._position = len(grid.layers)  # of the last observed layer
-        self._counts = UseCounts(grid.size, c)
+        self._counts = np.zeros((3, grid.size))
+        self._kept = np.array([[c.fast], [c.slow], [c.recent_fade]])
+        self._mixture = np.array([c.fast_share, 1.0 - c.fast_share, c.recent])
+        self._log_counts = np.full(grid.size, np.log(_TINY))
         self._value = np.zeros(grid.size)
         self._future = (c.discount ** np.arange(c.horizon + 1)).astype(np.float32)
+        self._scale = c.sharpness * layers**0.5
         self._visits = 1.0 / (1.0 - min(c.discount, 0.99))
 
     def rank(self, candidates: IntArray) -> FloatArray:
@@ -175,43 +133,92 @@ class Echo:
 
     def observe(self, position: int, experts: IntArray, tokens: IntArray) -> None:
         if position <= self._position:
-            self._memory.begin_pass()
+            self._begin_pass()
         self._position = position
         start, stop = self._bounds[position]
         layer, dense = slice(start, stop), experts + start
         busiest = int(tokens.max(initial=1))
         share = (tokens / busiest).astype(np.float32)
-        self._memory.take(dense, share)
-        self._counts.take(layer, experts, share, busiest)
-        if now := self._memory.now:
-            # Entry `r`: the weight of pass `r`, and of those before it, discounted, since `r`
-            # followed them. Moved on by one it tells of the next pass.
-            self._echo = np.convolve(self._memory.weights(), self._future)[:now]
+        now = self._pass
+        if now:
+            alike = self._alike[:now]
+            alike *= self._constants.fade
+            alike += (share / share.sum()) @ self._used.take(dense, axis=0)[:, :now]
+            self._alike_limit = self._alike_limit * self._constants.fade + 1.0
+        self._used[dense, now] = share
+        self._count(layer, experts, share, busiest)
+        self._weigh(now)
         # This layer comes again in the next pass: what counts is what followed, one pass later.
-        heard = self._memory.used[layer, 1 : now + 1] @ self._echo
+        heard = self._used[layer, 1 : now + 1] @ self._echo
         self._value[layer] = self._worth(heard, layer) - self._constants.order * (
-            self._memory.clock + 1 + self._due[start]
+            self._clock + 1 + self._due[start]
         )
+
+    def _begin_pass(self) -> None:
+        """Go to the next column; a full history loses its older third."""
+        self._clock += 1
+        self._pass += 1
+        history = self._constants.history
+        if self._pass == history:
+            kept = history - history // 3
+            self._used[:, :kept] = self._used[:, history - kept :].copy()
+            self._used[:, kept:] = 0
+            self._alike[:kept] = self._alike[history - kept :].copy()
+            self._pass = kept
+        now = self._pass
+        # The pass after a resembling one should resemble the present one: resemblance moves on.
+        if now:
+            self._alike[1:now] = self._constants.carry * self._alike[: now - 1]
+            self._alike[0] = 0.0
+            self._alike_limit *= self._constants.carry
+
+    def _count(
+        self, layer: slice, experts: IntArray, share: NDArray[np.float32], busiest: int
+    ) -> None:
+        """The counts of one layer, and the logarithm of their mixture."""
+        kept = self._kept if busiest == 1 else self._kept**busiest
+        counts = self._counts[:, layer]
+        counts *= kept
+        counts[:_RECENT, experts] += (1.0 - kept[:_RECENT]) * share
+        counts[_RECENT, experts] = share
+        mixed = self._mixture @ counts
+        mixed += _TINY
+        np.log(mixed, out=self._log_counts[layer])
+
+    def _weigh(self, now: int) -> None:
+        """How much each earlier pass tells of the present one, and what followed it: `_echo`.
+
+        Entry `r` is the weight of pass `r`, and of the passes before it, discounted, since `r`
+        followed them. Moved on by one it tells of the next pass.
+        """
+        if not now:
+            return
+        alike = self._alike[:now]
+        weights = alike - alike.sum() / now
+        weights *= self._scale / self._alike_limit
+        np.exp(weights, out=weights)
+        weights /= weights.sum() + self._constants.prior
+        self._echo = np.convolve(weights, self._future)[:now]
 
     def _worth(self, heard: NDArray[np.float32], experts: slice | IntArray) -> FloatArray:
         """Keep-values, but for the time until the layer, of experts with this echo."""
         c = self._constants
         prior = c.prior * self._visits / (c.prior + max(len(self._echo), 1))
-        value = heard + prior * self._counts.slow[experts]
-        value += TINY
+        value = heard + prior * self._counts[_SLOW, experts]
+        value += _TINY
         np.log(value, out=value)
         value *= c.trust
-        value += (1.0 - c.trust) * self._counts.logarithm[experts]
+        value += (1.0 - c.trust) * self._log_counts[experts]
         return value
 
     def _value_now(self, experts: IntArray) -> FloatArray:
         """Keep-values with the present resemblance, `[n]`, of any experts by dense index."""
         now = len(self._echo)
-        used = self._memory.used.take(experts, axis=0)
+        used = self._used.take(experts, axis=0)
         passed = experts < self._bounds[self._position][1]
         heard = np.where(passed, used[:, 1 : now + 1] @ self._echo, used[:, :now] @ self._echo)
         due = self._due[experts]
         due += passed
-        due += self._memory.clock
+        due += self._clock
         due *= self._constants.order
         return self._worth(heard, experts) - due

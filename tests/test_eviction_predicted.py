@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid
 from moe_runtime.errors import ConfigError
 from moe_runtime.eviction import Belady, choose_victims, make_policy
-from moe_runtime.eviction_predicted import Predicted, PredictedConstants
+from moe_runtime.eviction_learned import Echo, EchoConstants
+from moe_runtime.eviction_predicted import Predicted
 from moe_runtime.simulate import simulate
 
 GRID = ExpertGrid(layers=(1, 3, 4, 9), experts=(5, 3, 6, 4))
@@ -42,105 +42,38 @@ def observe(policy: Any, run: Sequence[Access]) -> Any:
     return policy
 
 
-class PlainPredicted:
-    """The definition in loops, computed anew from all passes; none is forgotten."""
-
-    def __init__(self, grid: ExpertGrid, constants: PredictedConstants) -> None:
-        self.grid, self.c, self.layers = grid, constants, len(grid.layers)
-        self.used: list[np.ndarray] = []
-        self.alike: list[list[float]] = [[], []]
-        self.limit = [0.0, 0.0]
-        self.times = np.zeros(grid.size)  # steps that used each expert
-        self.fast, self.slow, self.recent = np.zeros((3, grid.size))
-        self.expected = np.full(grid.size, np.nan)
-        self.last = self.layers
-
-    def observe(self, position: int, experts: Any, tokens: Any) -> None:
-        c = self.c
-        fades, carries = (c.fade, c.rare_fade), (c.carry, c.rare_carry)
-        if position <= self.last:
-            if self.used:
-                for way in range(2):
-                    self.alike[way] = [0.0, *(carries[way] * v for v in self.alike[way])]
-                    self.limit[way] *= carries[way]
-            self.used.append(np.zeros(self.grid.size))
-        self.last = position
-        first = self.grid.offsets[position]
-        mine, share = first + experts, tokens / tokens.max()
-        surprise = -np.log((self.times[mine] + 1) / (len(self.used) + 1))
-        for way, weight in enumerate((share, share * surprise)):
-            for earlier, used in enumerate(self.used[:-1]):
-                common = float((weight * used[mine]).sum() / weight.sum())
-                self.alike[way][earlier] = self.alike[way][earlier] * fades[way] + common
-            if len(self.used) > 1:
-                self.limit[way] = self.limit[way] * fades[way] + 1
-        self.used[-1][mine] = share
-        self.times[mine] += 1
-        layer = slice(first, first + self.grid.experts[position])
-        for counts, decay in ((self.fast, c.fast), (self.slow, c.slow)):
-            kept = decay ** tokens.max()
-            counts[layer] *= kept
-            counts[mine] += (1 - kept) * share
-        self.recent[layer] *= c.recent_fade ** tokens.max()
-        self.recent[mine] = share
-        self.expected[layer] = np.nan
-
-    def value(self, dense: int) -> float:
-        c, now = self.c, len(self.used) - 1
-        position = int(np.searchsorted(self.grid.offsets, dense, side="right")) - 1
-        passes = 1 if position <= self.last else 0
-        prior = c.prior / (1 - c.discount) / (c.prior + max(now, 1))
-        worth = 0.0
-        for way, (sharpness, discount, trust) in enumerate(
-            (
-                (c.sharpness, c.discount, c.trust),
-                (c.rare_sharpness, c.rare_discount, c.rare_trust),
-            )
-        ):
-            alike = np.array(self.alike[way])
-            scale = sharpness * self.layers**0.5 / (self.limit[way] or 1)
-            weights = np.exp(scale * (alike - (alike.mean() if now else 0)))
-            weights /= weights.sum() + c.prior
-            heard = 0.0
-            for earlier in range(now):
-                for later in range(c.horizon + 1):
-                    source = earlier + passes + later
-                    if source < now + passes:
-                        heard += weights[earlier] * discount**later * self.used[source][dense]
-            worth += trust * np.log(heard + prior * self.slow[dense] + 1e-30)
-        counts = c.fast_share * self.fast[dense] + (1 - c.fast_share) * self.slow[dense]
-        counts += c.recent * self.recent[dense]
-        worth += (1 - c.trust - c.rare_trust) * np.log(counts + 1e-30)
-        if not np.isnan(chance := self.expected[dense]):
-            worth = np.log(c.certain * chance + (1 - chance) * np.exp(worth) + 1e-30)
-        return float(worth - c.order * (len(self.used) + passes + position / self.layers))
-
-
-@pytest.mark.parametrize(
-    "constants",
-    [
-        PredictedConstants(doubtful=99),
-        PredictedConstants(doubtful=99, horizon=0, carry=0.9, rare_carry=0.9, prior=0.0),
-        PredictedConstants(doubtful=99, trust=0.0, rare_trust=1.0),
-    ],
-    ids=["default", "short", "rare echo alone"],
-)
-@pytest.mark.parametrize("fed", [False, True])
-def test_it_is_its_definition(constants: PredictedConstants, fed: bool) -> None:
-    fast, plain = Predicted(GRID, constants), PlainPredicted(GRID, constants)
-    random = np.random.default_rng(7)
-    for number, access in enumerate(random_run(20, GRID, seed=5)):
-        if number % 11 == 10:
-            continue  # a pass may leave a layer out
-        for policy in (fast, plain):
+def test_alone_it_is_echo() -> None:
+    constants = EchoConstants(doubtful=99)
+    echo, alone = Echo(GRID, constants), Predicted(GRID, constants)
+    everything = np.arange(GRID.size)
+    for access in random_run(30, GRID, seed=5):
+        for policy in (echo, alone):
             policy.observe(access.position, access.experts, access.tokens)
-        if fed and number % 3 == 0:
-            plain.expected = np.where(random.random(GRID.size) < 0.5, random.random(), np.nan)
-            fast.expect(plain.expected)
-        if len(plain.used) > 1:
-            met = np.flatnonzero(plain.slow)  # no other can be a candidate
-            expected = [plain.value(int(dense)) for dense in met]
-            np.testing.assert_allclose(fast.rank(met), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(alone.rank(everything), echo.rank(everything), rtol=1e-6)
+
+
+@pytest.mark.parametrize("certain", [8.0, 0.5])
+def test_a_probability_splits_the_coming_step_off(certain: float) -> None:
+    constants = EchoConstants(doubtful=99)
+    echo = Echo(GRID, constants)
+    told = Predicted(GRID, constants, certain)
+    random = np.random.default_rng(7)
+    everything = np.arange(GRID.size)
+    passed = np.repeat(np.arange(4), GRID.experts)  # position of each expert's layer
+    passes = 0
+    for access in random_run(20, GRID, seed=5):
+        passes += access.position == 0
+        for policy in (echo, told):
+            policy.observe(access.position, access.experts, access.tokens)
+        chances = np.where(random.random(GRID.size) < 0.5, random.random(GRID.size), np.nan)
+        told.expect(chances)
+        if passes < 3:
+            continue
+        due = constants.order * (passes + (passed <= access.position) + passed / 4)
+        past = np.exp(echo.rank(everything) + due)
+        mixed = np.log(certain * chances + (1 - chances) * past) - due
+        expected = np.where(np.isnan(chances), echo.rank(everything), mixed)
+        np.testing.assert_allclose(told.rank(everything), expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
@@ -212,7 +145,8 @@ def test_a_predictor_that_errs_seldom_still_helps() -> None:
 
 def test_expectations_hold_until_their_layer_is_observed_and_are_replaced_as_a_whole() -> None:
     run = random_run(12, GRID)
-    told, alone = (observe(Predicted(GRID), run[:-2]) for _ in range(2))
+    constants = EchoConstants(doubtful=99)
+    told, alone = (observe(Predicted(GRID, constants), run[:-2]) for _ in range(2))
     everything = np.arange(GRID.size)
     before = alone.rank(everything)
     chances = np.full(GRID.size, np.nan)
@@ -294,21 +228,11 @@ def test_it_learns_a_cycle_that_defeats_lru() -> None:
 
 
 def test_it_forgets_the_oldest_passes_and_goes_on() -> None:
-    policy = observe(Predicted(GRID, PredictedConstants(history=12)), random_run(100, GRID, 3))
+    policy = observe(Predicted(GRID, EchoConstants(history=12)), random_run(100, GRID, 3))
     assert np.isfinite(policy.rank(np.arange(GRID.size))).all()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"fade": 1.5}, "fade has to lie in 0..1, found 1.5"),
-        ({"order": -1.0}, "order cannot be negative"),
-        ({"sharpness": float("nan")}, "sharpness has to be finite"),
-        ({"trust": 0.7, "rare_trust": 0.7}, "cannot exceed 1 together"),
-        ({"history": 2}, "history 8 or more"),
-        ({"certain": 0.0}, "certain above 0"),
-    ],
-)
-def test_constants_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        replace(PredictedConstants(), **changes)
+@pytest.mark.parametrize("certain", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_worth_that_is_none_is_refused(certain: float) -> None:
+    with pytest.raises(ConfigError, match="certain has to be above 0"):
+        Predicted(GRID, certain=certain)

@@ -55,9 +55,8 @@ slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
 budget            | memory model_spec slots store          | torch transformers
 selection         |                                        | numpy
-resemblance       |                                        | numpy
-eviction_learned  | resemblance selection                  | numpy
-eviction_predicted | eviction_learned resemblance selection | numpy
+eviction_learned  | selection                              | numpy
+eviction_predicted | eviction_learned selection            | numpy
 eviction          | access eviction_learned eviction_predicted selection | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
