@@ -147,7 +147,7 @@ def _row(label: str) -> tuple[str, dict[str, Any]]:
 
 
 def shared(folder: Path, workers: int) -> dict[str, Any]:
-    """The table and the ablation, everything fitted on the other three models."""
+    """The table and the ablation; constants fitted on the three other models."""
     data = recordings(folder)
     bounds = {(n, share): optimum(data[n], share) for n in TRACE_NAMES for share in SHARES}
     fitted = json.loads(POLICIES.read_text())["fitted"]
