@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moe_runtime
 from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid
 from moe_runtime.errors import ConfigError
 from moe_runtime.eviction import Belady, choose_victims, make_policy
 from moe_runtime.eviction_learned import Echo, EchoConstants
 from moe_runtime.eviction_predicted import Predicted
+from moe_runtime.runtime import runtime_of
 from moe_runtime.simulate import simulate
 
 GRID = ExpertGrid(layers=(1, 3, 4, 9), experts=(5, 3, 6, 4))
@@ -194,6 +197,24 @@ def test_expectations_may_come_before_anything_was_observed() -> None:
     policy = Predicted(GRID)
     policy.expect(np.linspace(0, 1, GRID.size))
     assert np.isfinite(policy.rank(np.arange(GRID.size))).all()
+
+
+# -- in the runtime --------------------------------------------------------------------------------
+
+
+def test_the_runtime_and_the_simulator_count_the_same_hits() -> None:
+    """A prompt of two and some tokens after it, inside a quarter of the experts."""
+    model = moe_runtime.from_pretrained(
+        moe_runtime.bundled_model(), expert_budget="25%", device="cpu", policy="predicted"
+    )
+    ids = torch.arange(40, 64).reshape(2, 12)
+    with torch.no_grad(), moe_runtime.record(model) as recorder:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+    trace, slots = recorder.trace, runtime_of(model).cache.slots[0]
+    counters = moe_runtime.report(model).counters
+    simulated = simulate(make_policy("predicted", trace.grid), trace.grid, trace.accesses(), slots)
+    assert (counters.hits, counters.misses) == (simulated.hits, simulated.misses)
+    assert simulated.hits > 0 < simulated.evictions
 
 
 # -- the rest --------------------------------------------------------------------------------------
