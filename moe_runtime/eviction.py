@@ -14,6 +14,7 @@ from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid, FloatArray, IntArray
 from moe_runtime.errors import ConfigError
 from moe_runtime.eviction_learned import Echo
+from moe_runtime.eviction_predicted import Predicted
 from moe_runtime.selection import lowest_few
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Echo",
     "EvictionPolicy",
     "LeastRecentlyUsed",
+    "Predicted",
     "StaticCounts",
     "choose_victims",
     "make_policy",
@@ -195,7 +197,8 @@ class Belady:
 
 
 _FACTORIES: dict[str, Callable[..., EvictionPolicy]] = {
-    policy.name: policy for policy in (LeastRecentlyUsed, DecayedCount, StaticCounts, Echo, Belady)
+    policy.name: policy
+    for policy in (LeastRecentlyUsed, DecayedCount, StaticCounts, Echo, Predicted, Belady)
 }
 POLICY_NAMES: tuple[str, ...] = tuple(_FACTORIES)
 

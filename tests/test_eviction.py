@@ -142,7 +142,8 @@ def test_ranks_are_copies(name: str) -> None:
 
 
 def test_an_unknown_policy_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"'mru'; known: lru, lfu, static, echo, belady"):
+    known = r"'mru'; known: lru, lfu, static, echo, predicted, belady"
+    with pytest.raises(ConfigError, match=known):
         make_policy("mru", GRID)
 
 

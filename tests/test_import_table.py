@@ -59,7 +59,8 @@ store             | checkpoint model_spec slots            | torch numpy
 budget            | memory model_spec slots store          | torch transformers
 selection         |                                        | numpy
 eviction_learned  | selection                              | numpy
-eviction          | access eviction_learned selection      | numpy
+eviction_predicted | eviction_learned selection            | numpy
+eviction          | access eviction_learned eviction_predicted selection | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
 predictors.*      | trace trace_summary model_spec predictors.* | torch numpy safetensors
