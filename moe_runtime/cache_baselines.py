@@ -97,6 +97,12 @@ def _table() -> dict[str, Baseline]:
             summary="the transition predictor decides what stays; nothing is loaded ahead",
         ),
         Baseline(
+            name="echo-transition",
+            policy="echo",
+            predictor="transition",
+            summary="loads by the transition predictor, evicts by echo",
+        ),
+        Baseline(
             name="pre-gated",
             predictor="pre-gated",
             lookahead=1,

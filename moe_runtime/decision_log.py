@@ -22,13 +22,13 @@ def replay_log(
     """Do to `cache` what a loader did to its own, and check that it answers alike.
 
     What a loader decides is in the log: when a layer asked, which experts got a slot before their
-    need, in which order transfers ended and slots were given back. What follows from it is not: the
-    cache finds hits and misses, and its policy chooses who leaves. A run and its replay agree in all
-    counters of the cache, and the replay's bytes are those that the run read.
+    need, in which order transfers ended and slots were given back. What follows from it the cache
+    finds again: hits and misses, which are compared, and whom its policy lets go. A run and its
+    replay agree in all counters of the cache, and the replay's bytes are those that the run read.
 
     The entries of a log, in the order in which they happened:
 
-    - `("request", access)`: a layer asks for its experts; the hits are pinned
+    - `("request", access, (hits, late, misses))`: a layer asks for its experts; hits are pinned
     - `("hits", access)`: the same where all of them were there, without pins
     - `("grant", position, asked, granted)`: slots for missing experts, evicting others
     - `("commit", position, expert)`: a needed expert has arrived
@@ -64,9 +64,8 @@ def replay_log(
         found, logged = act(cache, *values)
         if found != logged:
             raise ConfigError(
-                f"entry {number} of the log ({name} at layer position {values[0]}): the cache "
-                f"gives {found}, the run had {logged}; replay through a cache with the run's "
-                "slots, policy and first residents"
+                f"entry {number} of the log, {name!r}: the cache gives {found}, the run had "
+                f"{logged}; replay through a cache with the run's slots, policy and first residents"
             )
         if expert_bytes is not None:
             if name in {"commit", "landed"}:
@@ -107,7 +106,7 @@ def _quietly(act: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 
 _ACTS: dict[str, Callable[..., tuple[Any, Any]]] = {
-    "request": _quietly(lambda cache, access: cache.request(access)),
+    "request": lambda cache, access, outcome: (cache.request(access), outcome),
     "hits": _hits,
     "grant": lambda cache, at, asked, granted: (cache.grant(at, asked), granted),
     "commit": _quietly(lambda cache, at, expert: cache.commit(at, expert)),

@@ -282,8 +282,8 @@ class ExpertLoader:
     def _request(self, access: Access) -> tuple[list[int], _LayerStep]:
         self._land()
         self._began()
-        self._note("request", access)
         hits, late, misses = self.cache.request(access)
+        self._note("request", access, (hits, late, misses))
         step = _LayerStep(access.position, len(misses) + len(late), deque(misses), set(late))
         for expert in late:
             if (access.position, expert) not in self._landing:

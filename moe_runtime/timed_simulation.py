@@ -41,7 +41,7 @@ class ComputeModel:
         expert: one expert in one call, whatever its tokens.
         expert_token: one token in one expert, in addition.
         call: what a forward call takes beside its MoE layers (embedding, head, sampling).
-        forecast: one forecast of one layer; the predictor's cost, on the critical path.
+        forecast: one forecast of one layer; reads under way go on beside it.
     """
 
     layer: float = 0.0
