@@ -1,10 +1,10 @@
-"""Owns the table of caching policies and predictors in simulated time, on recorded runs of real models.
+"""Owns the table of caching policies and predictors in simulated time, on recorded runs.
 
 Decode only, cold cache, equal slots; the runtime's own cache, loader and planner on a virtual clock
 (moe_runtime.timed_simulation). Nothing is executed: link and compute are stated below, only the
 predictors' processor time is measured. Run:
 
-    python bench/simulated.py --traces ../shared/traces [--tokens 64]
+    python bench/simulated.py --traces ../shared/traces [--tokens 64] [--resume]
 
 Does not know how a policy or predictor is made: `moe_runtime.cache_baselines`.
 """
@@ -35,9 +35,14 @@ from peers.protocol import versions
 from shared_traces import TRACE_NAMES, load_shared_traces
 
 RESULTS = Path(__file__).parent / "results" / "simulated.json"
-SHARES = (0.125, 0.25, 0.5)
+SHARES = (0.25, 0.125, 0.5)
 RECALL, SEED = 0.9, 20261124
 BASE = "lru"
+
+GEMMA_SIZE = (
+    "hidden 2816 x expert width 704, bf16: the product is that of the recording's sizes, "
+    "4.5 bits for gate and up and 8.5 or 5.5 for down (4,336,640 or 3,593,216 bytes)"
+)
 
 # Bytes of one expert in the form in which each model is published, and where the numbers are from.
 EXPERTS: dict[str, tuple[int, str]] = {
@@ -48,8 +53,7 @@ EXPERTS: dict[str, tuple[int, str]] = {
     ),
     "gemma-4-26b-a4b": (
         3 * 2816 * 704 * 2,
-        "hidden 2816 times expert width 704, bf16: the product is that of the recording's "
-        "expert_bytes, 4.5 bits for gate and up and 8.5 or 5.5 for down (4,336,640 or 3,593,216)",
+        GEMMA_SIZE,
     ),
     "gpt-oss-120b": (13_219_200, "the recording's expert_bytes: 3 * 2880 * 2880 at 4.25 bits"),
 }
@@ -85,7 +89,7 @@ MACHINES = {
 
 
 class Stopwatch:
-    """A predictor and the processor seconds of its calls; the protocol's other names are its own."""
+    """A predictor and the processor seconds of its calls."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -112,9 +116,7 @@ def subject_of(runs: list[RoutingTrace], tokens: int | None) -> Subject:
     steps = trace.step_ids - trace.step_ids.min(initial=0)
     if tokens is not None:
         trace = trace.select(rows=steps < tokens)
-    return Subject(
-        trace=trace, others=runs[1:], prompt=runs[0].prefill(), recall=RECALL, seed=SEED
-    )
+    return Subject(trace=trace, others=runs[1:], prompt=runs[0].prefill(), recall=RECALL, seed=SEED)
 
 
 def figures(
@@ -138,7 +140,7 @@ def figures(
 def contenders(subject: Subject, setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every baseline by its title; why it could not run, where it could not."""
     results: dict[str, tuple[TimedResult, float | None]] = {}
-    for name, baseline in BASELINES.items():
+    for baseline in BASELINES.values():
         title, cpu = baseline.title(RECALL), None
         try:
             if baseline.predictor:
@@ -158,21 +160,20 @@ def contenders(subject: Subject, setting: Setting) -> Iterator[tuple[str, dict[s
 
 
 def summary(table: dict[str, Any]) -> dict[str, Any]:
-    """Means over the traces, by machine, share and contender."""
-    means: dict[str, Any] = {}
-    for machine in MACHINES:
-        means[machine] = {}
-        for share in map(str, SHARES):
-            places = [model[machine][share] for model in table.values()]
-            titles = [t for t in places[0] if all("left_out" not in p.get(t, {"left_out": 1})
-                                                  for p in places)]  # fmt: skip
-            means[machine][share] = {
-                title: {
-                    name: round(fmean(place[title][name] for place in places), 4)
-                    for name in ("hit_rate", "speed_over_lru", "bytes_over_belady")
-                }
-                for title in titles
+    """Means over the traces, by machine, share and contender; of what ran on all four."""
+    means: dict[str, Any] = {name: {} for name in MACHINES}
+    for machine, share in ((m, str(s)) for m in MACHINES for s in SHARES):
+        places = [model[machine][share] for model in table.values() if share in model[machine]]
+        if len(places) < len(TRACE_NAMES):
+            continue
+        means[machine][share] = {
+            title: {
+                name: round(fmean(place[title][name] for place in places), 4)
+                for name in ("hit_rate", "speed_over_lru", "bytes_over_belady")
             }
+            for title in places[0]
+            if not any("left_out" in place[title] for place in places)
+        }
     return means
 
 
@@ -181,7 +182,7 @@ def show(means: dict[str, Any], console: Console) -> None:
         table = Table(title=f"{machine}: hits, speed over LRU, bytes over Belady; mean of traces")
         for heading in ("contender", *shares):
             table.add_column(heading)
-        for title in next(iter(shares.values())):
+        for title in next(iter(shares.values()), {}):
             cells = [
                 f"{found['hit_rate']:.3f} {found['speed_over_lru']:.3f} "
                 f"{found['bytes_over_belady']:.3f}"
@@ -191,63 +192,84 @@ def show(means: dict[str, Any], console: Console) -> None:
         console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--traces", type=Path, default=Path("../shared/traces"))
-    parser.add_argument("--tokens", type=int, help="at most so many decoded tokens of each run")
-    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    progress = Console(stderr=True)
-    runs = load_shared_traces(options.traces)
-    machine = describe_machine()
-    table: dict[str, Any] = {}
-    lengths: dict[str, int] = {}
-    for model in TRACE_NAMES:
-        subject = subject_of(runs[model], options.tokens)
-        lengths[model] = len(subject.trace)
-        table[model] = {name: {} for name in MACHINES}
-        size = EXPERTS[model][0]
-        for share in SHARES:
+def measured(
+    table: dict[str, Any], runs: dict[str, list[RoutingTrace]], tokens: int | None
+) -> Iterator[str]:
+    """Fill in what the table lacks, the middle share first; yields after each setting."""
+    subjects = {model: subject_of(runs[model], tokens) for model in TRACE_NAMES}
+    for share in SHARES:
+        for model, subject in subjects.items():
+            size = EXPERTS[model][0]
             for name, stated in MACHINES.items():
+                places = table.setdefault(model, {n: {} for n in MACHINES})[name]
+                if str(share) in places:
+                    continue
                 setting = Setting(
                     share=share,
                     expert_bytes=(size,) * len(subject.trace.layer_ids),
                     link=stated.link,
                     compute=stated.compute(size),
                 )
-                table[model][name][str(share)] = dict(contenders(subject, setting))
-                progress.print(f"{time.strftime('%H:%M:%S')} {model} {share} {name}")
-    means = summary(table)
-    result = {
+                places[str(share)] = dict(contenders(subject, setting))
+                yield f"{model} {share} {name}"
+
+
+def described(table: dict[str, Any], tokens: int | None, machine: Any) -> dict[str, Any]:
+    """The result file."""
+    return {
         "what": "simulated seconds of decoding with a cold cache of a share of all experts; "
         "speed_over_lru: seconds of plain LRU over the contender's in the same setting",
         "simulated": "no model is executed; predictors are free here: what a layer's forecasts may "
         "cost so that predicting still pays is microseconds_gained_per_layer, what these Python "
         "predictors took on this (loaded) machine stands beside it",
         "held out": "qwen1.5-moe-a2.7b: predictors and static counts from its five other runs, "
-        "another theme; of the other models there is one run, from which predictors learn while "
+        "of other themes; of the other models there is one run, from which predictors learn while "
         "it goes, and whose prompt gives the static counts",
         "pre-gated": f"a stand-in: the next layer's experts, each right with probability {RECALL}, "
         "errors independent; hidden states, which a real gate needs, are in no trace",
         "oracle": "the run itself, two layers ahead; what the planner can make of a perfect "
         "forecast, not the best possible",
         "spread": "deterministic but for the processor times; the traces are the spread",
-        "tokens": lengths,
+        "tokens": tokens,
         "experts": {name: {"bytes": n, "from": why} for name, (n, why) in EXPERTS.items()},
         "machines": {
-            name: {"link": dataclasses.asdict(m.link), "memory_bytes_per_second": m.memory,
-                   "launch": m.launch, "layer": m.layer, "call": m.call}
+            name: {
+                "link": dataclasses.asdict(m.link),
+                "memory_bytes_per_second": m.memory,
+                "launch": m.launch,
+                "layer": m.layer,
+                "call": m.call,
+            }
             for name, m in MACHINES.items()
         },
         "rules": dataclasses.asdict(PlannerRules()),
         "seed": SEED,
         "machine": machine,
         "versions": versions(("moe-runtime", "numpy", "torch")),
-        "means": means,
+        "means": summary(table),
         "traces": table,
-    }  # fmt: skip
-    write_text(options.output, json.dumps(result, indent=1) + "\n")
-    show(means, Console())
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--traces", type=Path, default=Path("../shared/traces"))
+    parser.add_argument("--tokens", type=int, help="at most so many decoded tokens of each run")
+    parser.add_argument("--resume", action="store_true", help="keep what the output has already")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    progress, table, machine = Console(stderr=True), {}, describe_machine()
+    if options.resume:
+        before = json.loads(options.output.read_text(encoding="utf-8"))
+        if before["tokens"] != options.tokens:
+            parser.error(f"{options.output} has runs of {before['tokens']} tokens")
+        table, machine = before["traces"], before["machine"]
+    result = described(table, options.tokens, machine)
+    for done in measured(table, load_shared_traces(options.traces), options.tokens):
+        progress.print(f"{time.strftime('%H:%M:%S')} {done}")
+        result = described(table, options.tokens, machine)
+        write_text(options.output, json.dumps(result, indent=1) + "\n")
+    show(result["means"], Console())
 
 
 if __name__ == "__main__":

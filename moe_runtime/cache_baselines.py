@@ -87,8 +87,10 @@ def _table() -> dict[str, Baseline]:
             summary="loads the numbers that the layer before chose",
         ),
     ]
-    for kind in ("popularity", "previous-token", "token-table", "pair-counts", "transition"):
-        rows.append(Baseline(name=kind, predictor=kind, summary=f"loads by the {kind} predictor"))
+    rows += [
+        Baseline(name=kind, predictor=kind, summary=f"loads by the {kind} predictor")
+        for kind in ("popularity", "previous-token", "token-table", "pair-counts", "transition")
+    ]
     rows += [
         Baseline(
             name="transition-keep",

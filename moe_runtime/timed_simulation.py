@@ -1,5 +1,6 @@
-"""The timed simulator: a routing trace replayed through the runtime's own cache, loader, planner and
-forecaster, on a simulated clock.
+"""The timed simulator: a trace through the runtime's own cache, loader, planner and forecaster.
+
+Time is simulated, by a virtual clock and link.
 
 Knows no tensors and no policy by name; what computing and moving cost is stated, not measured.
 """
@@ -83,7 +84,7 @@ class TimedResult:
     A use is one expert asked for by one layer step. `resident + in_time` are hits: the latter were
     loaded ahead of need and this was their first use. `late + missed` are misses: the former were
     under way when they were asked for. Every load `ahead` ended as one of in_time, late, unused
-    (left without a use, or still there), withdrawn (called off), or `pending` (under way at the end).
+    (left without a use, or still there), withdrawn (called off) or pending (still under way).
 
     Args:
         slots: experts that fit, in each pool.
@@ -213,9 +214,7 @@ def slots_of(
     return group_of, slots
 
 
-def _even_slots(
-    grid: ExpertGrid, group_of: Sequence[int], slots: Sequence[int]
-) -> tuple[int, ...]:
+def _even_slots(grid: ExpertGrid, group_of: Sequence[int], slots: Sequence[int]) -> tuple[int, ...]:
     found = [0] * len(grid.layers)
     for group, count in enumerate(slots):
         layers = [at for at, its in enumerate(group_of) if its == group]

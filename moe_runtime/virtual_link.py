@@ -99,9 +99,7 @@ class VirtualLink:
         expert_bytes: bytes of one expert of each layer position.
     """
 
-    def __init__(
-        self, model: LinkModel, clock: VirtualClock, expert_bytes: Sequence[int]
-    ) -> None:
+    def __init__(self, model: LinkModel, clock: VirtualClock, expert_bytes: Sequence[int]) -> None:
         self.model = model
         self._clock = clock
         self._bytes = expert_bytes

@@ -31,6 +31,8 @@ class OraclePredictor:
     name: ClassVar[str] = "oracle"
     needs_token_ids: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
+    _call: int  # number of the present forward call, -1 before the first
+    _newest: int  # position of the layer observed last in it, -1 before the first
 
     def __init__(self, trace: RoutingTrace) -> None:
         self.grid = trace.grid
@@ -123,6 +125,8 @@ class PreviousLayerPredictor:
     name: ClassVar[str] = "previous layer"
     needs_token_ids: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
+
+    _newest: IntArray  # what was chosen last, [T, K]
 
     def __init__(self, grid: ExpertGrid) -> None:
         self.grid = grid

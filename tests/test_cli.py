@@ -45,6 +45,11 @@ SURFACE = {
         *("MODEL", "--expert-budget", "--reader-threads", "--dtype", "--revision", "--subfolder"),
         *("--variant", "--local-files-only"),
     },
+    "simulate": {
+        *("TRACE...", "--budget", "--link-gbps", "--latency-ms", "--parallel", "--layer-ms"),
+        *("--expert-ms", "--token-ms", "--call-ms", "--forecast-ms", "--expert-bytes", "--model"),
+        *("--policy", "--predictor", "--fit", "--phase", "--recall", "--seed", "--trial", "--out"),
+    },
     "topology": {"--out", "--hidden", "--tokens"},
     "trace record": {
         *("MODEL", "--data", "--out", "--split", "--max-new-tokens", "--batch-size"),

@@ -98,9 +98,7 @@ def test_on_demand_it_counts_as_the_plain_simulator(
     trace: RoutingTrace, link: LinkModel, policy: str, share: float
 ) -> None:
     _, (slots,) = slots_of(trace.grid, share, BYTES)
-    plain = simulate(
-        fresh(policy, trace), trace.grid, trace.accesses(), slots, expert_bytes=BYTES
-    )
+    plain = simulate(fresh(policy, trace), trace.grid, trace.accesses(), slots, expert_bytes=BYTES)
     found = timed(trace, policy, share, link=link)
     assert_accounted(found, trace)
     assert tuple(found.resident) == plain.hits_by_position
@@ -243,7 +241,7 @@ def test_the_log_refuses_another_cache() -> None:
 
 @pytest.mark.parametrize("model", [{"latency": -1}, {"parallel": 0}, {"bytes_per_second": 0.0}])
 def test_links_that_cannot_be(model: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="link|latency|parallel"):
+    with pytest.raises(ConfigError, match=r"link|latency|parallel"):
         LinkModel(**{"bytes_per_second": 1e9, **model})
     with pytest.raises(ConfigError, match="compute model"):
         ComputeModel(layer=-1.0)
