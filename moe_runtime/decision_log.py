@@ -17,7 +17,7 @@ LogEntry = tuple[Any, ...]
 
 
 def replay_log(
-    cache: ExpertCache, log: Sequence[LogEntry], expert_bytes: Sequence[int] | None = None
+    cache: ExpertCache, log: Sequence[LogEntry], nbytes_of: Callable[[int, int], int] | None = None
 ) -> int:
     """Do to `cache` what a loader did to its own, and check that it answers alike.
 
@@ -44,10 +44,11 @@ def replay_log(
         cache: as the run's was when its log began (empty, unless something was loaded before), with
             a policy of its own.
         log: of `ExpertLoader.log`.
-        expert_bytes: bytes of one expert of each layer position; None to count no bytes.
+        nbytes_of: bytes that reading an expert takes, by layer position and number (from a disk
+            these are whole blocks); None to count no bytes.
 
     Returns:
-        Bytes read from all tiers, 0 without `expert_bytes`.
+        Bytes read from all tiers, 0 without `nbytes_of`.
 
     Raises:
         ConfigError: the cache answers otherwise than the run's did, or an entry is unknown; names
@@ -67,9 +68,9 @@ def replay_log(
                 f"entry {number} of the log, {name!r}: the cache gives {found}, the run had "
                 f"{logged}; replay through a cache with the run's slots, policy and first residents"
             )
-        if expert_bytes is not None:
+        if nbytes_of is not None:
             if name in {"commit", "landed"}:
-                nbytes += expert_bytes[values[0]]
+                nbytes += nbytes_of(values[0], values[1])
             elif name in {"dropped", "partial"}:
                 nbytes += values[2]
     return nbytes

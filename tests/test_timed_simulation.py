@@ -138,7 +138,7 @@ def test_whatever_is_forecast_all_is_accounted_for_and_the_log_replays(
 
     group_of, slots = slots_of(trace.grid, share, BYTES)
     cache = ExpertCache(trace.grid, group_of, slots, fresh(policy, trace))
-    assert replay_log(cache, log, BYTES) == found.bytes_read
+    assert replay_log(cache, log, lambda position, _: BYTES[position]) == found.bytes_read
     cache.check_integrity()
     counters = cache.counters
     np.testing.assert_array_equal(counters.hits, found.resident + found.in_time)
