@@ -27,7 +27,8 @@ from moe_runtime.cache_baselines import BASELINES, BOUND, Setting, Subject, run
 from moe_runtime.errors import MoERuntimeError
 from moe_runtime.files import write_text
 from moe_runtime.prefetch_planner import PlannerRules
-from moe_runtime.timed_simulation import ComputeModel, TimedResult
+from moe_runtime.timed_result import TimedResult
+from moe_runtime.timed_simulation import ComputeModel
 from moe_runtime.trace import RoutingTrace
 from moe_runtime.virtual_link import LinkModel
 from peers.machine import describe_machine

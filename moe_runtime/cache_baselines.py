@@ -25,10 +25,10 @@ from moe_runtime.predictors.oracle import (
 )
 from moe_runtime.predictors.origin import Origin
 from moe_runtime.prefetch_planner import PlannerRules
+from moe_runtime.timed_result import TimedResult
 from moe_runtime.timed_simulation import (
     ComputeModel,
     Forecasting,
-    TimedResult,
     simulate_timed,
     slots_of,
 )

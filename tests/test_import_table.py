@@ -76,9 +76,10 @@ rows              | steps predictors.base                  | torch numpy
 prediction        | model_spec forecast loader payoff predictors.* prefetch_planner | numpy
 decision_log      | cache                                  |
 virtual_link      | prefetch                               |
+timed_result      |                                        |
 timed_simulation  | access cache eviction forecast loader payoff predictors.* prefetch_planner \
-                    profiler trace virtual_link            | numpy
-cache_baselines   | eviction predictors.* prefetch_planner timed_simulation trace \
+                    profiler timed_result trace virtual_link | numpy
+cache_baselines   | eviction predictors.* prefetch_planner timed_result timed_simulation trace \
                     virtual_link                           | numpy
 executor          | kernels.* model_spec access cache device eager loader prefetch profiler \
                     routing rows slot_transfers slots steps | torch numpy transformers
@@ -101,7 +102,7 @@ report.*          | profiler placement.plan report.*       | numpy jinja2 matplo
 runtime           | ABOVE                                  | torch numpy transformers psutil
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
-                    cache_baselines timed_simulation virtual_link \
+                    cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* importers.* trace trace_summary routing_counts corpus cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |

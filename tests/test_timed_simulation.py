@@ -18,10 +18,10 @@ from moe_runtime.errors import BudgetError, ConfigError
 from moe_runtime.eviction import Belady, EvictionPolicy, make_policy
 from moe_runtime.prefetch_planner import PlannerRules
 from moe_runtime.simulate import simulate
+from moe_runtime.timed_result import TimedResult
 from moe_runtime.timed_simulation import (
     ComputeModel,
     Forecasting,
-    TimedResult,
     simulate_timed,
     slots_of,
 )

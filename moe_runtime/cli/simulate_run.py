@@ -20,7 +20,8 @@ from moe_runtime.core import ExpertGrid, parse_bytes, parse_share
 from moe_runtime.errors import ConfigError, MoERuntimeError, TraceError
 from moe_runtime.predictors.files import load_predictor
 from moe_runtime.predictors.origin import Origin, require_held_out
-from moe_runtime.timed_simulation import ComputeModel, TimedResult
+from moe_runtime.timed_result import TimedResult
+from moe_runtime.timed_simulation import ComputeModel
 from moe_runtime.trace import RoutingTrace
 from moe_runtime.virtual_link import LinkModel
 
