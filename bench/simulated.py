@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,10 @@ RESULTS = Path(__file__).parent / "results" / "simulated.json"
 SHARES = (0.25, 0.125, 0.5)
 RECALL, SEED = 0.9, 20261124
 BASE = "lru"
+KEPT = (
+    *("hit_rate", "resident", "in_time", "late", "missed"),
+    *("seconds", "stall_seconds", "tokens_per_second"),
+)
 
 GEMMA_SIZE = (
     "hidden 2816 x expert width 704, bf16: the product is that of the recording's sizes, "
@@ -126,9 +131,11 @@ def figures(
     """One contender's numbers, beside plain LRU and Belady in the same setting."""
     gain = (base.seconds - found.seconds) / (found.calls * len(found.stall_seconds))
     data = found.to_dict()
-    del data["layers"]
     return {
-        **data,
+        **{name: data[name] for name in KEPT},
+        **{name: data["loads_ahead"][name] for name in ("unused", "withdrawn")},
+        "gigabytes_read": round(found.bytes_read / 1e9, 3),
+        "gigabytes_wasted": round(found.bytes_wasted / 1e9, 3),
         "bytes_over_belady": round(found.bytes_read / bound.bytes_read, 4),
         "speed_over_lru": round(base.seconds / found.seconds, 4),
         "microseconds_gained_per_layer": round(1e6 * gain, 1),
@@ -225,7 +232,8 @@ def described(table: dict[str, Any], tokens: int | None, machine: Any) -> dict[s
         "predictors took on this (loaded) machine stands beside it",
         "held out": "qwen1.5-moe-a2.7b: predictors and static counts from its five other runs, "
         "of other themes; of the other models there is one run, from which predictors learn while "
-        "it goes, and whose prompt gives the static counts",
+        "it goes, and whose prompt gives the static counts. Not held out: echo's constants and the "
+        "transition predictor's first weights, which were fitted to all four traces",
         "pre-gated": f"a stand-in: the next layer's experts, each right with probability {RECALL}, "
         "errors independent; hidden states, which a real gate needs, are in no trace",
         "oracle": "the run itself, two layers ahead; what the planner can make of a perfect "
@@ -252,6 +260,12 @@ def described(table: dict[str, Any], tokens: int | None, machine: Any) -> dict[s
     }
 
 
+def in_lines(result: dict[str, Any]) -> str:
+    """JSON with an object that holds no other on one line."""
+    text = json.dumps(result, indent=1)
+    return re.sub(r"\{[^{}]*\}", lambda found: re.sub(r"\n\s*", " ", found[0]), text) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--traces", type=Path, default=Path("../shared/traces"))
@@ -269,7 +283,7 @@ def main() -> None:
     for done in measured(table, load_shared_traces(options.traces), options.tokens):
         progress.print(f"{time.strftime('%H:%M:%S')} {done}")
         result = described(table, options.tokens, machine)
-        write_text(options.output, json.dumps(result, indent=1) + "\n")
+        write_text(options.output, in_lines(result))
     show(result["means"], Console())
 
 
