@@ -160,6 +160,10 @@ class ExpertCache:
         last = first + self.grid.experts[position]
         return [index - first for index in self._ahead if first <= index < last]
 
+    def expected(self) -> IntArray:
+        """Dense indices of the experts that are expected to be needed soon, ascending."""
+        return np.flatnonzero(self._expected)
+
     # -- mutators: never decide -----------------------------------------------------------------
 
     def request(self, access: Access) -> tuple[list[int], list[int], list[int]]:

@@ -123,8 +123,8 @@ class ExpertLoader:
 
     Attributes:
         prediction: None without a predictor.
-        log: if a list, gets every decision: ("request", access), ("ahead", position, expert),
-            ("landed" | "dropped", position, expert); the simulator can replay it.
+        log: if a list, gets everything that changes residency, in order; `decision_log.replay_log`
+            says what and replays it.
     """
 
     def __init__(
@@ -162,6 +162,7 @@ class ExpertLoader:
         if prediction.following and not following:
             prediction.forecaster.forget()
             prediction.planner.stop()
+            self._note_expected()
         elif following and not prediction.following:
             prediction.forecaster.forget()
         prediction.following = following
@@ -175,6 +176,7 @@ class ExpertLoader:
             self._load_ahead(-1)
         else:
             prediction.planner.stop()
+            self._note_expected()
 
     def end_call(self, seconds: float) -> None:
         """A forward call ended well, after `seconds`."""
@@ -199,6 +201,7 @@ class ExpertLoader:
             self._transfers.wait(arrival.token)
         self._landing.clear()
         self.cache.abandon()
+        self._note("abandon")
         if self.prediction is not None:
             self.prediction.forecaster.forget()
 
@@ -209,7 +212,8 @@ class ExpertLoader:
         self._land()
         slots = self.cache.take_hits(access, experts)
         if slots is not None:
-            self._began(access)
+            self._note("hits", access)
+            self._began()
             self._correct(access)
             self._load_ahead(access.position)
             self.profiler.layer_step(access, 0, 0, 0.0)
@@ -227,7 +231,7 @@ class ExpertLoader:
         # While some experts wait for a slot, each slot is handed on as soon as it is done with.
         for group in [[hit] for hit in hits] if step.waiting else [hits] if hits else []:
             yield group
-            self.cache.release(position, group)
+            self._release(position, group)
             self._request_more(step)
         while step.waiting or step.coming:
             ready = self._take(step)
@@ -235,7 +239,7 @@ class ExpertLoader:
                 ready += self._take(step)
             if ready:
                 yield ready
-                self.cache.release(position, ready)
+                self._release(position, ready)
             self._request_more(step)
         self._end(step, access)
 
@@ -246,7 +250,7 @@ class ExpertLoader:
         self._load_ahead(position)
         # With all of this layer's hits pinned there might be no slot for an earlier miss; those
         # that get evicted before their turn are read again.
-        self.cache.release(position, hits)
+        self._release(position, hits)
         step.waiting.clear()
         arrived: set[int] = set()
         unasked = deque(expert for expert in access.experts.tolist() if expert not in step.coming)
@@ -257,7 +261,7 @@ class ExpertLoader:
                     break
                 arrived.update(self._take(step))
             yield expert
-            self.cache.release(position, [expert])
+            self._release(position, [expert])
         self._end(step, access)
 
     def preload(self, wanted: Sequence[Sequence[int]] | None = None) -> None:
@@ -272,13 +276,14 @@ class ExpertLoader:
             step = _LayerStep(position, waiting=deque(absent[: self.cache.free_slots(position)]))
             self._request_more(step)
             while step.coming:
-                self.cache.release(position, self._take(step))
+                self._release(position, self._take(step))
             self._count_bytes(step)
 
     def _request(self, access: Access) -> tuple[list[int], _LayerStep]:
         self._land()
-        self._began(access)
+        self._began()
         hits, late, misses = self.cache.request(access)
+        self._note("request", access, (hits, late, misses))
         step = _LayerStep(access.position, len(misses) + len(late), deque(misses), set(late))
         for expert in late:
             if (access.position, expert) not in self._landing:
@@ -288,7 +293,9 @@ class ExpertLoader:
 
     def _request_more(self, step: _LayerStep) -> None:
         if step.waiting:
-            granted = self.cache.grant(step.position, list(step.waiting))
+            asked = list(step.waiting)
+            granted = self.cache.grant(step.position, asked)
+            self._note("grant", step.position, asked, granted)
             for expert in granted:
                 self._transfers.start(step.position, expert, ahead=False)
                 step.coming.add(expert)
@@ -299,6 +306,7 @@ class ExpertLoader:
         while unasked:
             if self.cache.is_resident(step.position, unasked[0]):
                 self.cache.pin(step.position, unasked[0])
+                self._note("pin", step.position, unasked[0])
                 arrived.add(unasked[0])
             else:
                 step.waiting.append(unasked[0])
@@ -325,6 +333,7 @@ class ExpertLoader:
             if not arrival.withdrawn:
                 return self._arrived(step, arrival)
             # Called off by an earlier step, when a part of it was there already.
+            self._note("partial", arrival.position, arrival.expert, arrival.nbytes)
             self._transfers.start(arrival.position, arrival.expert, ahead=False)
             return []
         self._ended_ahead(arrival)
@@ -333,6 +342,7 @@ class ExpertLoader:
     def _arrived(self, step: _LayerStep, arrival: Arrival) -> list[int]:
         self._transfers.wait(arrival.token)
         self.cache.commit(arrival.position, arrival.expert)
+        self._note("commit", arrival.position, arrival.expert)
         step.coming.discard(arrival.expert)
         if not step.coming and not step.waiting:
             self._free_since = self._clock()
@@ -349,10 +359,8 @@ class ExpertLoader:
 
     # -- ahead of need --------------------------------------------------------------------------
 
-    def _began(self, access: Access) -> None:
+    def _began(self) -> None:
         """A layer asks for its experts: so long the link was free of needed loads."""
-        if self.log is not None:
-            self.log.append(("request", access))
         if self.prediction is not None and self.prediction.following:
             now = self._clock()
             if self._free_since is not None:
@@ -377,11 +385,13 @@ class ExpertLoader:
             return
         rate, spare = self._transfers.rate, prediction.spare.of(decode=prediction.decode)
         room = 0.0 if rate is None or spare is None else rate * spare
-        for coming, expert in prediction.planner.choose(position, room):
-            if not self.cache.load_ahead(coming, expert):
+        chosen = prediction.planner.choose(position, room)
+        self._note_expected()
+        for coming, expert in chosen:
+            loading = self.cache.load_ahead(coming, expert)
+            self._note("ahead", coming, expert, loading)
+            if not loading:
                 break
-            if self.log is not None:
-                self.log.append(("ahead", coming, expert))
             self._transfers.start(coming, expert, ahead=True)
 
     def _land(self) -> None:
@@ -410,11 +420,26 @@ class ExpertLoader:
     def _settle(self, arrival: Arrival) -> None:
         self._transfers.wait(arrival.token)
         self.cache.settle_ahead(arrival.position, arrival.expert)
-        if self.log is not None:
-            self.log.append(("landed", arrival.position, arrival.expert))
+        self._note("landed", arrival.position, arrival.expert)
 
     def _drop(self, position: int, expert: int, nbytes: int) -> None:
         self.cache.drop_ahead(position, expert)
         self.profiler.withdrawn_bytes += nbytes
+        self._note("dropped", position, expert, nbytes)
+
+    # -- for whoever replays --------------------------------------------------------------------
+
+    def _release(self, position: int, experts: list[int]) -> None:
+        self.cache.release(position, experts)
+        self._note("release", position, experts)
+
+    def _note(self, *entry: Any) -> None:
         if self.log is not None:
-            self.log.append(("dropped", position, expert))
+            self.log.append(entry)
+
+    def _note_expected(self) -> None:
+        """What the planner told cache and policy to expect, which decides who leaves."""
+        if self.log is not None and self.prediction is not None:
+            planner = self.prediction.planner
+            told = None if planner.expect is None else planner.forecasts
+            self.log.append(("expected", self.cache.expected(), told))

@@ -92,6 +92,11 @@ class PrefetchPlanner:
     def __post_init__(self) -> None:
         self._values = np.full(self.cache.grid.size, np.nan)
 
+    @property
+    def forecasts(self) -> FloatArray:
+        """A copy of the probabilities at hand, `[grid.size]`, NaN where there is none."""
+        return self._values.copy()
+
     def choose(self, position: int, room: float) -> list[tuple[int, int]]:
         """Loads to start now, the most urgent first; also renews what is expected.
 

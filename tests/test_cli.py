@@ -46,6 +46,11 @@ SURFACE = {
         *("MODEL", "--expert-budget", "--reader-threads", "--dtype", "--revision", "--subfolder"),
         *("--variant", "--local-files-only"),
     },
+    "simulate": {
+        *("TRACE...", "--budget", "--link-gbps", "--latency-ms", "--parallel", "--layer-ms"),
+        *("--expert-ms", "--token-ms", "--call-ms", "--forecast-ms", "--expert-bytes", "--model"),
+        *("--policy", "--predictor", "--fit", "--phase", "--recall", "--seed", "--trial", "--out"),
+    },
     "topology": {"--out", "--hidden", "--tokens"},
     "evaluate-predictor": {
         *("[PRED...]", "--trace", "--fit", "--lookahead", "--batch-sizes", "--token-by-token"),

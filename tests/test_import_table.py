@@ -78,6 +78,13 @@ loader            | access cache forecast payoff predictors.base prefetch_planne
 slot_transfers    | cache device prefetch slots            |
 rows              | steps predictors.base                  | torch numpy
 prediction        | model_spec forecast loader payoff predictors.* prefetch_planner | numpy
+decision_log      | cache                                  |
+virtual_link      | prefetch                               |
+timed_result      |                                        |
+timed_simulation  | access cache eviction forecast loader payoff predictors.* prefetch_planner \
+                    profiler timed_result trace virtual_link | numpy
+cache_baselines   | eviction predictors.* prefetch_planner timed_result timed_simulation trace \
+                    virtual_link                           | numpy
 executor          | kernels.* model_spec access cache device eager loader prefetch profiler \
                     routing rows slot_transfers slots steps | torch numpy transformers
 interface         | executor                               | torch transformers
@@ -113,6 +120,7 @@ batches           | runtime scheduler predictors.* token_choice prompt_state pat
                     batch_run batch_loop batch_check       | transformers
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
+                    cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* importers.* trace trace_summary routing_counts corpus cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |

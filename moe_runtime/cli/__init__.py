@@ -13,6 +13,7 @@ from moe_runtime.cli.generate import generate
 from moe_runtime.cli.inspect import inspect
 from moe_runtime.cli.plan import plan
 from moe_runtime.cli.report import report
+from moe_runtime.cli.simulate import simulate
 from moe_runtime.cli.topology import topology
 from moe_runtime.cli.trace import trace
 from moe_runtime.version import __version__
@@ -53,6 +54,7 @@ app.command("inspect")(inspect)
 app.command("report")(report)
 app.add_typer(trace, name="trace")
 app.add_typer(plan, name="plan")
+app.command("simulate")(simulate)
 app.command("export")(export)
 app.command("bake")(bake)
 app.command("topology")(topology)
