@@ -101,7 +101,7 @@ class PrefetchPlanner:
         """Loads to start now, the most urgent first; also renews what is expected.
 
         Nearest layers first, in each the likeliest first, as long as what is already under way
-        and these arrive before their layer begins.
+        and these arrive before their layer begins, or are likely enough to be begun all the same.
 
         Args:
             position: the layer that runs now; -1 before the first.
@@ -132,8 +132,10 @@ class PrefetchPlanner:
             for expert in likely[np.argsort(-values[likely], kind="stable")].tolist():
                 if self.cache.slot(coming, expert) >= 0:
                     continue
-                fits = pending + self.nbytes[coming] <= room * (coming - position)
-                if not fits or not self._may_load(coming, under_way, chosen):
+                free = room * (coming - position) - pending
+                if not _worth_beginning(float(values[expert]), free, self.nbytes[coming]):
+                    break
+                if not self._may_load(coming, under_way, chosen):
                     break
                 chosen.append((coming, expert))
                 pending += self.nbytes[coming]
@@ -166,3 +168,15 @@ class PrefetchPlanner:
         busy = sum(n for p, n in enumerate(under_way) if self.cache.group(p) == group)
         busy += sum(self.cache.group(p) == group for p, _ in chosen)
         return busy < max(1, int(self.rules.share * self.cache.slots[group]))
+
+
+def _worth_beginning(chance: float, free: float, nbytes: int) -> bool:
+    """Whether a load is to be begun in `free` bytes of spare link before its layer begins.
+
+    One that fits costs nothing that is needed. Of one that does not, the part `free / nbytes` is
+    gained if it is used, and the other part delays what is needed if it is not; it is worth it from
+    the chance on at which these balance.
+    """
+    if free >= nbytes:
+        return True
+    return free > 0 and chance >= 1.0 - free / nbytes
