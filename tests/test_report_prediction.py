@@ -126,6 +126,8 @@ def test_the_page_draws_and_lists_it() -> None:
         "transition &lt;2&gt;",
         "<td>1.080</td>",
         "this run, measured",
+        "lru with prediction, as run",
+        "no policy that loads on demand can miss less",
     ):
         assert words in page
         assert words not in plain

@@ -171,6 +171,8 @@ def _policies(run: Run) -> list[PolicyRow]:
     each, totals = run.mean_expert_bytes, run.counters
     least = next((entry.misses for entry in run.simulated if entry.name == "belady"), 0)
     entries = sorted(run.simulated, key=lambda entry: -entry.misses)
+    if run.predicted is not None:
+        policy += " with prediction"
     lines = [(f"{policy}, as run", "run", totals.hit_rate, totals.misses)] + [
         (
             "Belady's optimum" if entry.name == "belady" else f"{entry.name}, simulated",
@@ -187,7 +189,13 @@ def _policies(run: Run) -> list[PolicyRow]:
             kind=kind,
             hit_rate=percent(hit_rate),
             misses=count(misses),
-            bytes=size(None if each is None else misses * each),
+            bytes=size(
+                totals.bytes_read + totals.host_bytes  # loads ahead of need are no misses
+                if kind == "run" and run.predicted is not None
+                else None
+                if each is None
+                else misses * each
+            ),
             over=f"{misses / least:.2f}\N{MULTIPLICATION SIGN}" if least else NONE,
             bar=misses / most if most else 0.0,
         )
@@ -229,6 +237,7 @@ def _predicted(run: Run) -> dict[str, Any] | None:
     return {
         "name": found.predictor,
         "verdict": verdict(found),
+        "failure": found.failure,
         "seconds": seconds_per_token(run, found),
         "loads": count(found.loads.ahead),
         "waste": waste(run, found),

@@ -129,7 +129,9 @@ def bytes_and_misses(run: Run, found: Predicted) -> str:
         useful = [(row[1] - min(row[2], row[1])) / scale for row in rows]
         wasted = [min(row[2], row[1]) / scale for row in rows]
         left.barh(places, useful, 0.6, color=ACCENT, label="read")
-        left.barh(places, wasted, 0.6, useful, label="of it wasted", linewidth=0.8, **_LOOK["late"])
+        left.barh(
+            [0], wasted[:1], 0.6, useful[:1], label="of it wasted", linewidth=0.8, **_LOOK["late"]
+        )
         right.barh(places, [row[3] for row in rows], 0.6, color=MUTED)
         left.set_yticks(places, [row[0] for row in rows])
         left.invert_yaxis()

@@ -25,8 +25,8 @@ __all__ = [
 
 FATES = {
     "resident": "resident",
-    "in_time": "loaded ahead, in time",
-    "late": "loaded ahead, late",
+    "in_time": "ahead in time",
+    "late": "ahead but late",
     "missed": "missed",
 }
 
@@ -65,9 +65,10 @@ def waste(run: Run, found: Predicted) -> str:
     read = run.counters.bytes_read + run.counters.host_bytes
     if not found.nbytes.wasted:
         return "no byte that was read ahead was wasted"
+    part = percent(_over(found.nbytes.wasted, read))
     return (
-        f"{size(found.nbytes.wasted)} were read in vain, {percent(_over(found.nbytes.wasted, read))}"
-        f" of all bytes read: {size(found.nbytes.unused)} of experts that left unused, "
+        f"{size(found.nbytes.wasted)} were read in vain, {part} of all bytes read: "
+        f"{size(found.nbytes.unused)} of experts that left unused, "
         f"{size(found.nbytes.withdrawn)} of loads that were called off"
     )
 
