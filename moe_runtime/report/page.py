@@ -11,15 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_runtime.report import figures, predicted_figures
+from moe_runtime.report import figures
 from moe_runtime.report.layout import Figure, Tile, present, template
-from moe_runtime.report.predicted_words import (
-    decision_rows,
-    load_rows,
-    seconds_per_token,
-    verdict,
-    waste,
-)
+from moe_runtime.report.predicted_page import predicted_part
 from moe_runtime.report.run import DECODE, PREFILL, Run
 from moe_runtime.report.summary import (
     NONE,
@@ -113,7 +107,7 @@ def render_page(run: Run, summary: Summary) -> str:
                 svg=figures.pinned_by_layer(run) or "",
             ),
         ),
-        predicted=_predicted(run),
+        predicted=predicted_part(run),
         snapshots=0 if run.residency is None else len(run.residency.steps),
         dropped=run.steps.dropped,
         latencies=_latencies(run),
@@ -226,40 +220,6 @@ def _plan(run: Run) -> dict[str, Any] | None:
             }
             for layer, pinned, predicted, observed in rows
         ],
-    }
-
-
-def _predicted(run: Run) -> dict[str, Any] | None:
-    """What prediction did, for the template of that name."""
-    found = run.predicted
-    if found is None:
-        return None
-    return {
-        "name": found.predictor,
-        "verdict": verdict(found),
-        "failure": found.failure,
-        "seconds": seconds_per_token(run, found),
-        "loads": count(found.loads.ahead),
-        "waste": waste(run, found),
-        "fates": load_rows(found),
-        "decisions": decision_rows(found),
-        "figures": present(
-            Figure(
-                title="Experts needed, by layer",
-                note="share of the layer's uses; only what was late or missed was waited for",
-                svg=predicted_figures.outcomes_by_layer(found),
-            ),
-            Figure(
-                title="Recall, by layer",
-                note="share of the needed experts among as many that the forecast put first",
-                svg=predicted_figures.recall_by_layer(found),
-            ),
-            Figure(
-                title="Bytes and misses",
-                note="policies load on demand from a cold cache; Belady's knows the future",
-                svg=predicted_figures.bytes_and_misses(run, found),
-            ),
-        ),
     }
 
 
