@@ -90,6 +90,8 @@ def with_prediction(**changes: Any) -> dict[str, Any]:
 def test_the_verdict_says_what_the_trial_decided(changes: dict[str, Any], sentence: str) -> None:
     report = Report.from_run(with_prediction(**changes))
     assert report.prediction is not None
+    untried = sentence == "no trial was made"
+    assert ("From decode step" in report.to_html()) != untried
     assert sentence in report.prediction["verdict"]
     assert sentence in str(report)
     assert sentence[1:] in report.to_html()  # a sentence of the page begins with a capital
@@ -107,12 +109,17 @@ def test_the_figures_are_the_record_s() -> None:
     )
     wasted = section["bytes"]["unused"] + section["bytes"]["withdrawn"]
     assert shown["wasted_bytes"] == wasted
-    assert shown["wasted_share"] == wasted / counters["bytes_read"]
+    loaded = (
+        sum(row["missed"] for row in section["layers"]) * EXPERT_BYTES
+        + sum(section["loads"][name] for name in ("in_time", "late", "pending")) * EXPERT_BYTES
+        + wasted
+    )
+    assert shown["wasted_share"] == wasted / loaded
     assert shown["seconds_per_token"] == section["seconds"] / counters["tokens"]
     assert shown["recall"] == pytest.approx([(0.75 + 0.7 + 0.65) / 3, 0.6])
     assert json.dumps(shown, allow_nan=False)
     text = str(report)
-    assert f"read in vain, {percent(wasted / counters['bytes_read'])} of all bytes" in text
+    assert f"read in vain, {percent(wasted / loaded)} of all expert bytes" in text
 
 
 def test_the_page_draws_and_lists_it() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from moe_runtime.report import figures
 from moe_runtime.report.layout import Figure, Tile, present, template
 from moe_runtime.report.predicted_page import predicted_part
+from moe_runtime.report.predicted_words import loaded_bytes
 from moe_runtime.report.run import DECODE, PREFILL, Run
 from moe_runtime.report.summary import (
     NONE,
@@ -184,7 +185,7 @@ def _policies(run: Run) -> list[PolicyRow]:
             hit_rate=percent(hit_rate),
             misses=count(misses),
             bytes=size(
-                totals.bytes_read + totals.host_bytes  # loads ahead of need are no misses
+                loaded_bytes(run, run.predicted)  # loads ahead of need are no misses
                 if kind == "run" and run.predicted is not None
                 else None
                 if each is None

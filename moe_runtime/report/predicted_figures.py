@@ -21,7 +21,7 @@ from moe_runtime.report.drawing import (
     drawing_of,
 )
 from moe_runtime.report.predicted import Predicted
-from moe_runtime.report.predicted_words import FATES
+from moe_runtime.report.predicted_words import FATES, loaded_bytes
 from moe_runtime.report.run import Run
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _LOOK: dict[str, dict[str, Any]] = {
     "resident": {"facecolor": ACCENT},
     "in_time": {"facecolor": PAGE, "edgecolor": ACCENT, "hatch": "////"},
     "late": {"facecolor": PAGE, "edgecolor": SECOND, "hatch": "...."},
-    "missed": {"facecolor": SECOND},
+    "missed": {"facecolor": PAGE, "edgecolor": TEXT},
 }
 _LINES = ((ACCENT, "-", "o"), (SECOND, "--", "s"), (TEXT, "-.", "^"), (MUTED, ":", "D"))
 
@@ -105,9 +105,8 @@ def bytes_and_misses(run: Run, found: Predicted) -> str:
     each = run.mean_expert_bytes
     if not run.simulated or each is None:
         return ""
-    read = run.counters.bytes_read + run.counters.host_bytes
     rows: list[tuple[str, float, float, int]] = [
-        ("this run, measured", read, found.nbytes.wasted, run.counters.misses)
+        ("this run, measured", loaded_bytes(run, found), found.nbytes.wasted, run.counters.misses)
     ]
     rows += [
         (
@@ -128,10 +127,9 @@ def bytes_and_misses(run: Run, found: Predicted) -> str:
         left, right = drawing.figure.subplots(1, 2, sharey=True)
         useful = [(row[1] - min(row[2], row[1])) / scale for row in rows]
         wasted = [min(row[2], row[1]) / scale for row in rows]
-        left.barh(places, useful, 0.6, color=ACCENT, label="read")
-        left.barh(
-            [0], wasted[:1], 0.6, useful[:1], label="of it wasted", linewidth=0.8, **_LOOK["late"]
-        )
+        left.barh(places, useful, 0.6, color=ACCENT, label="experts loaded")
+        look = {"label": "of them never used", "linewidth": 0.8, **_LOOK["late"]}
+        left.barh([0], wasted[:1], 0.6, useful[:1], **look)
         right.barh(places, [row[3] for row in rows], 0.6, color=MUTED)
         left.set_yticks(places, [row[0] for row in rows])
         left.invert_yaxis()

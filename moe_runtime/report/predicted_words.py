@@ -16,6 +16,7 @@ __all__ = [
     "decision_rows",
     "fates",
     "load_rows",
+    "loaded_bytes",
     "prediction_summary",
     "recall_ahead",
     "seconds_per_token",
@@ -29,6 +30,11 @@ FATES = {
     "late": "ahead but late",
     "missed": "missed",
 }
+
+
+def _untried(found: Predicted) -> bool:
+    """Whether the trial was switched off: its record then never leaves its first state."""
+    return found.state == "predicting" and all(one.state == "trial" for one in found.decisions)
 
 
 def verdict(found: Predicted) -> str:
@@ -47,7 +53,7 @@ def verdict(found: Predicted) -> str:
                 f"with it took {decision.ratio:.2f} times as long"
             )
         last = decision
-    if last.state == "trial" and found.state == "predicting":
+    if _untried(found):
         return "every forecast was acted on: no trial was made of whether it pays"
     if found.state != "trial":
         return told or f"prediction is off: {last.why or 'no reason was recorded'}"
@@ -60,14 +66,27 @@ def _over(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
+def loaded_bytes(run: Run, found: Predicted) -> int:
+    """Bytes of experts that the run loaded, on demand and ahead, by what the experts weigh.
+
+    A disk is read in whole blocks, so `counters.bytes_read` can be more; this is what simulated
+    misses are compared with. Where the record has no expert sizes it is the bytes read.
+    """
+    if run.mean_expert_bytes is None:
+        return run.counters.bytes_read + run.counters.host_bytes
+    each, nbytes = run.section("model")["expert_bytes"], found.nbytes
+    missed = sum(layer.missed * each[run.grid.position[layer.layer]] for layer in found.layers)
+    pending = round(found.loads.pending * run.mean_expert_bytes)
+    return int(missed) + nbytes.in_time + nbytes.late + nbytes.wasted + pending
+
+
 def waste(run: Run, found: Predicted) -> str:
-    """Bytes read ahead and never used, in words, with their share of all bytes read."""
-    read = run.counters.bytes_read + run.counters.host_bytes
+    """Bytes read ahead and never used, in words, with their share of all bytes loaded."""
     if not found.nbytes.wasted:
         return "no byte that was read ahead was wasted"
-    part = percent(_over(found.nbytes.wasted, read))
+    part = percent(_over(found.nbytes.wasted, loaded_bytes(run, found)))
     return (
-        f"{size(found.nbytes.wasted)} were read in vain, {part} of all bytes read: "
+        f"{size(found.nbytes.wasted)} were read in vain, {part} of all expert bytes loaded: "
         f"{size(found.nbytes.unused)} of experts that left unused, "
         f"{size(found.nbytes.withdrawn)} of loads that were called off"
     )
@@ -97,7 +116,9 @@ def recall_ahead(found: Predicted) -> list[float | None]:
 
 
 def decision_rows(found: Predicted) -> list[dict[str, str]]:
-    """The trial's decisions as rows of a table."""
+    """The trial's decisions as rows of a table; none where there was no trial."""
+    if _untried(found):
+        return []
     return [
         {
             "step": count(one.step),
@@ -146,7 +167,6 @@ def seconds_per_token(run: Run, found: Predicted) -> str:
 
 def prediction_summary(run: Run, found: Predicted) -> dict[str, Any]:
     """The same figures as plain data; seconds, bytes, shares 0 to 1."""
-    read = run.counters.bytes_read + run.counters.host_bytes
     uses = found.total("uses")
     return {
         "predictor": found.predictor,
@@ -157,6 +177,6 @@ def prediction_summary(run: Run, found: Predicted) -> dict[str, Any]:
         "recall": recall_ahead(found),
         "loads_ahead": found.loads.ahead,
         "wasted_bytes": found.nbytes.wasted,
-        "wasted_share": _over(found.nbytes.wasted, read),
+        "wasted_share": _over(found.nbytes.wasted, loaded_bytes(run, found)),
         "seconds_per_token": _over(found.seconds, run.counters.tokens),
     }
