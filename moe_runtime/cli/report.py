@@ -53,7 +53,7 @@ def report(
             raise typer.BadParameter("--trace goes with a plan, and this is a run file")
         else:
             loaded = Report.load(run)
-            summary = loaded.summary.to_dict()
+            summary = loaded.summary.to_dict() | {"prediction": loaded.prediction}
         saved = loaded.save(outcome_place(out)) if out is not None else None
         if as_json:
             emit_json(

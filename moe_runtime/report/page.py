@@ -13,6 +13,8 @@ import numpy as np
 
 from moe_runtime.report import figures
 from moe_runtime.report.layout import Figure, Tile, present, template
+from moe_runtime.report.predicted_page import predicted_part
+from moe_runtime.report.predicted_words import loaded_bytes
 from moe_runtime.report.run import DECODE, PREFILL, Run
 from moe_runtime.report.summary import (
     NONE,
@@ -106,6 +108,7 @@ def render_page(run: Run, summary: Summary) -> str:
                 svg=figures.pinned_by_layer(run) or "",
             ),
         ),
+        predicted=predicted_part(run),
         snapshots=0 if run.residency is None else len(run.residency.steps),
         dropped=run.steps.dropped,
         latencies=_latencies(run),
@@ -163,6 +166,8 @@ def _policies(run: Run) -> list[PolicyRow]:
     each, totals = run.mean_expert_bytes, run.counters
     least = next((entry.misses for entry in run.simulated if entry.name == "belady"), 0)
     entries = sorted(run.simulated, key=lambda entry: -entry.misses)
+    if run.predicted is not None:
+        policy += " with prediction"
     lines = [(f"{policy}, as run", "run", totals.hit_rate, totals.misses)] + [
         (
             "Belady's optimum" if entry.name == "belady" else f"{entry.name}, simulated",
@@ -179,7 +184,13 @@ def _policies(run: Run) -> list[PolicyRow]:
             kind=kind,
             hit_rate=percent(hit_rate),
             misses=count(misses),
-            bytes=size(None if each is None else misses * each),
+            bytes=size(
+                loaded_bytes(run, run.predicted)  # loads ahead of need are no misses
+                if kind == "run" and run.predicted is not None
+                else None
+                if each is None
+                else misses * each
+            ),
             over=f"{misses / least:.2f}\N{MULTIPLICATION SIGN}" if least else NONE,
             bar=misses / most if most else 0.0,
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.files import write_text
+from moe_runtime.report.predicted_words import prediction_summary
 from moe_runtime.report.run import Counters, Run, RunError, read_run
 from moe_runtime.report.summary import Summary, outcome, summarise
 from moe_runtime.report.text import render_text
@@ -57,6 +58,12 @@ class Report:
     def summary(self) -> Summary:
         """The figures to compare: tokens/s, hit rate, bytes a token, stall share, memory."""
         return summarise(self._run)
+
+    @property
+    def prediction(self) -> dict[str, Any] | None:
+        """What prediction did, in a few figures; None if the run had no predictor."""
+        found = self._run.predicted
+        return None if found is None else prediction_summary(self._run, found)
 
     @property
     def outcome(self) -> str:

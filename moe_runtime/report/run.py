@@ -23,6 +23,7 @@ from moe_runtime.report.fields import count as _count
 from moe_runtime.report.fields import mapping as _mapping
 from moe_runtime.report.fields import number as _number
 from moe_runtime.report.pinned import PinnedExperts, read_pinned
+from moe_runtime.report.predicted import Predicted, read_predicted
 
 __all__ = [
     "DECODE",
@@ -153,6 +154,7 @@ class Run:
     residency: Residency | None
     simulated: tuple[SimulatedPolicy, ...]
     pinned: PinnedExperts | None = None
+    predicted: Predicted | None = None
 
     def section(self, name: str) -> Mapping[str, Any]:
         """A section of the record, empty where it was left out."""
@@ -200,6 +202,7 @@ def read_run(data: Any) -> Run:
         residency=_residency(data.get("residency"), grid),
         simulated=_simulated(data.get("simulation")),
         pinned=read_pinned(data.get("plan"), grid),
+        predicted=read_predicted(data.get("prediction"), grid),
     )
 
 

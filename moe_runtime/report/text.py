@@ -7,6 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moe_runtime.report.predicted_words import (
+    fates,
+    recall_ahead,
+    seconds_per_token,
+    verdict,
+    waste,
+)
 from moe_runtime.report.run import DECODE, PREFILL, Run
 from moe_runtime.report.summary import (
     NONE,
@@ -43,6 +50,7 @@ def _rows(run: Run, summary: Summary) -> Iterator[tuple[str, str | None]]:
     yield "read", _reads(run, summary)
     yield "layers", _layers(run)
     yield "plan", _plan(run)
+    yield from _predicted(run)
     yield "same trace", _policies(run)
     yield "budget", _budget(run, summary)
     yield "memory", _memory(summary)
@@ -116,6 +124,18 @@ def _plan(run: Run) -> str | None:
         f"{count(plan.pinned)} experts pinned ({size(plan.nbytes)}) by {plan.name}: predicted to "
         f"serve {percent(plan.predicted)} of the uses, served {percent(plan.observed)}"
     )
+
+
+def _predicted(run: Run) -> Iterator[tuple[str, str | None]]:
+    found = run.predicted
+    if found is None:
+        return
+    yield "prediction", verdict(found)
+    yield "predictor", f"{found.predictor}: {seconds_per_token(run, found)}"
+    yield "outcomes", fates(found)
+    recall = ", ".join(percent(value) for value in recall_ahead(found))
+    yield "recall", f"{recall} from 1 layer ahead on" if recall else None
+    yield "ahead", f"{count(found.loads.ahead)} loads, {waste(run, found)}"
 
 
 def _policies(run: Run) -> str | None:
