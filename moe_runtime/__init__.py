@@ -11,6 +11,7 @@ from moe_runtime.errors import (
     ExpertReadError,
     MoERuntimeError,
     PlanError,
+    PredictorError,
     TraceError,
     UnsupportedModelError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ExpertReadError",
     "MoERuntimeError",
     "PlanError",
+    "PredictorError",
     "RoutingCounts",
     "RoutingTrace",
     "TraceError",

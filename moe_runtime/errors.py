@@ -10,7 +10,8 @@ Knows nothing of what raises it.
      ├─ CheckpointError                     the checkpoint's files are damaged or incomplete
      │   └─ ExpertReadError (OSError)       one expert could not be read
      ├─ TraceError (ValueError)             a routing trace is damaged or does not fit
-     └─ PlanError (ValueError)              a placement plan is damaged, infeasible or does not fit
+     ├─ PlanError (ValueError)              a placement plan is damaged, infeasible or does not fit
+     └─ PredictorError (ValueError)         a predictor is damaged or does not fit
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "ExpertReadError",
     "MoERuntimeError",
     "PlanError",
+    "PredictorError",
     "TraceError",
     "UnsupportedModelError",
 ]
@@ -62,3 +64,7 @@ class TraceError(MoERuntimeError, ValueError):
 
 class PlanError(MoERuntimeError, ValueError):
     """A placement problem has no solution, or a plan is damaged or does not fit what it is for."""
+
+
+class PredictorError(MoERuntimeError, ValueError):
+    """A routing predictor is damaged, made for another model, or lacks what it is made from."""

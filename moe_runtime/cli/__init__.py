@@ -25,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run mixture-of-experts models inside a memory budget for their experts.",
-    epilog="Exit codes: 0 done, 1 error, 2 wrong usage or unusable trace or plan, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 error, 2 wrong usage or unusable trace, plan or predictor, "
+    "130 interrupted.",
 )
 
 

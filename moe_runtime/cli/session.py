@@ -15,7 +15,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from moe_runtime.errors import MoERuntimeError, PlanError, TraceError
+from moe_runtime.errors import MoERuntimeError, PlanError, PredictorError, TraceError
 
 __all__ = [
     "BAD_INPUT",
@@ -62,7 +62,7 @@ def session(*, as_json: bool, debug: bool) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         if as_json:
             emit_json({"error": type(error).__name__, "message": str(error)})
-        bad_input = isinstance(error, PlanError | TraceError)
+        bad_input = isinstance(error, PlanError | PredictorError | TraceError)
         raise typer.Exit(BAD_INPUT if bad_input else FAILED) from None
 
 
