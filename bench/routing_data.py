@@ -28,7 +28,7 @@ from bundled_model.data import read_english, read_python
 from bundled_model.puzzles import STANDARD, stream
 from bundled_model.tokenizer import BEGIN, END, PAD, id_of
 from moe_runtime.trace import RoutingTrace
-from placement import corpora
+from placement import corpora  # noqa: TID251 (bench/placement.py, not the folder)
 
 DOMAINS = ("english", "python", "puzzles")
 SAY = Console(stderr=True, highlight=False)

@@ -9,94 +9,15 @@ D width of the model, G experts of all layers together.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from moe_runtime.predictors.path_cache import PathCache
+from moe_runtime.predictors.path_config import PathConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_runtime.errors import ConfigError
-
-__all__ = ["PRESETS", "PathCache", "PathConfig", "PathNetwork", "preset"]
-
-CHUNK = 64  # tokens of one sequence that are computed at once where a cache is filled
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathConfig:
-    """Sizes of the network. Names are T5's.
-
-    Args:
-        d_model, d_ff, d_kv, heads: widths of the residual stream, of the feed-forward layers and
-            of one head; heads.
-        encoder_layers: layers that read the prompt. 0: the decoder reads it, before what was
-            generated, and then forecasts the prompt's own routing too.
-        decoder_layers: layers that read the generated tokens.
-        window: a token attends to so many tokens, itself included.
-        prior: the token's own embedding is read by a second head whose logits are added; before
-            training the two give the token-id table.
-        dropout: share of entries left out in training.
-        buckets, max_distance: of the relative position bias.
-    """
-
-    d_model: int = 128
-    d_ff: int = 512
-    d_kv: int = 32
-    heads: int = 4
-    encoder_layers: int = 0
-    decoder_layers: int = 2
-    window: int = 64
-    prior: bool = True
-    dropout: float = 0.0
-    buckets: int = 32
-    max_distance: int = 128
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name in {"prior", "dropout"}:
-                continue
-            least = 0 if name == "encoder_layers" else 1
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be an integer from {least} on, found {value!r}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be from 0 to below 1, found {self.dropout!r}")
-        # Half of the encoder's buckets look back, and half of these are single distances.
-        if self.buckets < 4 or self.max_distance <= self.buckets:
-            raise ConfigError(
-                f"buckets must be 4 or more and fewer than max_distance, found {self.buckets} "
-                f"and {self.max_distance}"
-            )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for a file."""
-        return asdict(self)
-
-
-# `expertflow` are the sizes of ExpertFlow (He), arXiv 2410.17954, and of its code: T5-small with
-# the width 32 and a prompt that only the encoder sees. `compact` is ours; bench/routing_path.py
-# has both on the same rows.
-PRESETS: dict[str, PathConfig] = {
-    "compact": PathConfig(),
-    "expertflow": PathConfig(
-        d_model=32,
-        d_ff=2048,
-        d_kv=64,
-        heads=8,
-        encoder_layers=6,
-        decoder_layers=6,
-        window=512,
-        prior=False,
-        dropout=0.1,
-    ),
-}
-
-
-def preset(name: str) -> PathConfig:
-    """The sizes of this name; ConfigError with the known names if there are none."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
+__all__ = ["PathNetwork"]
 
 
 class _Norm(nn.Module):
@@ -191,47 +112,6 @@ class _PositionBias(nn.Module):
         if self._both:
             bucket = bucket + (distance < 0) * self._count
         return self.weight[bucket]
-
-
-class PathCache:
-    """Keys and values of sequences that go on: a ring of columns for each slot.
-
-    Args:
-        slots: sequences that there is room for.
-
-    Attributes:
-        positions: int64 `[slots, C]`, place of the token in each column; far below 0 if none.
-    """
-
-    NOWHERE = -(1 << 40)
-
-    def __init__(self, config: PathConfig, slots: int) -> None:
-        # A chunk is written before it attends, so it must not overwrite what its first token sees.
-        self.columns = config.window + CHUNK - 1
-        shape = (config.decoder_layers, slots, config.heads, self.columns, config.d_kv)
-        self.keys = torch.zeros(shape)
-        self.values = torch.zeros(shape)
-        self.positions = torch.full((slots, self.columns), self.NOWHERE)
-
-    def __len__(self) -> int:
-        """Number of slots."""
-        return len(self.positions)
-
-    def grow(self, slots: int) -> None:
-        """Make room for so many sequences; what is there stays. Mutates."""
-        more = slots - len(self)
-        if more > 0:
-            shape = list(self.keys.shape)
-            shape[1] = more
-            self.keys = torch.cat([self.keys, torch.zeros(shape)], dim=1)
-            self.values = torch.cat([self.values, torch.zeros(shape)], dim=1)
-            empty = torch.full((more, self.columns), self.NOWHERE)
-            self.positions = torch.cat([self.positions, empty])
-
-    def cut(self, slot: int, position: int) -> None:
-        """Forget a sequence's tokens from this place on. Mutates."""
-        row = self.positions[slot]
-        row[row >= position] = self.NOWHERE
 
 
 class PathNetwork(nn.Module):
@@ -358,7 +238,10 @@ class PathNetwork(nn.Module):
             keys[slots[:, None], :, columns] = attention.k(y).unflatten(-1, (attention.heads, -1))
             values[slots[:, None], :, columns] = attention.v(y).unflatten(-1, (attention.heads, -1))
             x = x + attention.mix(
-                attention.split(attention.q(y)), keys[slots, :, :used], values[slots, :, :used], bias
+                attention.split(attention.q(y)),
+                keys[slots, :, :used],
+                values[slots, :, :used],
+                bias,
             )
             if memory is not None:
                 x = x + self._cross(block, x, *memory[at])

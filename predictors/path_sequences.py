@@ -13,19 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_runtime.core import ExpertGrid, FloatArray, IntArray
-from moe_runtime.errors import ConfigError, TraceError
+from moe_runtime.errors import TraceError
 from moe_runtime.trace import PREFILL, UNUSED, RoutingTrace
 
 __all__ = [
     "PathBatch",
     "PathSequence",
-    "Vocabulary",
     "Piece",
+    "Vocabulary",
     "epoch_packs",
     "multi_hot",
     "padded",
     "sequences_of",
-    "split_sequences",
     "token_counts",
 ]
 
@@ -64,7 +63,7 @@ def sequences_of(traces: Sequence[RoutingTrace]) -> list[PathSequence]:
     """
     if not traces:
         raise TraceError("no traces to train on; give one at least")
-    found = []
+    found: list[PathSequence] = []
     for number, trace in enumerate(traces):
         trace.require_like(traces[0], f"trace {number}")
         unknown = int((trace.token_ids < 0).sum())
@@ -76,41 +75,18 @@ def sequences_of(traces: Sequence[RoutingTrace]) -> list[PathSequence]:
             )
         order = np.lexsort((trace.positions, trace.sequence_ids))
         ends = np.flatnonzero(np.diff(trace.sequence_ids[order])) + 1
-        for rows in np.split(order, ends):
-            if len(rows):
-                found.append(
-                    PathSequence(
-                        token_ids=trace.token_ids[rows].astype(np.int64),
-                        topk_ids=trace.topk_ids[rows],
-                        prompt=int((trace.phase[rows] == PREFILL).sum()),
-                    )
-                )
+        found += [
+            PathSequence(
+                token_ids=trace.token_ids[rows].astype(np.int64),
+                topk_ids=trace.topk_ids[rows],
+                prompt=int((trace.phase[rows] == PREFILL).sum()),
+            )
+            for rows in np.split(order, ends)
+            if len(rows)
+        ]
     if not found:
         raise TraceError("the traces have no rows; record some text")
     return found
-
-
-def split_sequences(
-    sequences: Sequence[PathSequence], share: float, seed: int
-) -> tuple[list[PathSequence], list[PathSequence]]:
-    """Sequences to train on and to hold out: this share of them, one at least, drawn by the seed.
-
-    Raises:
-        ConfigError: a share outside 0 to 1, or a single sequence, which cannot be split.
-    """
-    if not 0 < share < 1:
-        raise ConfigError(f"the held-out share must be between 0 and 1, found {share}")
-    count = max(1, round(share * len(sequences)))
-    if count >= len(sequences):
-        raise ConfigError(
-            f"{len(sequences)} sequences cannot be split into training and held-out ones; give "
-            "more traces, or name held-out traces"
-        )
-    held = set(np.random.default_rng(seed).permutation(len(sequences))[:count].tolist())
-    return (
-        [one for at, one in enumerate(sequences) if at not in held],
-        [one for at, one in enumerate(sequences) if at in held],
-    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,8 +171,6 @@ def epoch_packs(
         some = order[start : start + together]
         packs += _packed(some[np.argsort(lengths[some], kind="stable")], lengths, tokens)
     return [[pieces[n] for n in packs[at]] for at in rng.permutation(len(packs)).tolist()]
-
-
 
 
 def _pieces(

@@ -16,7 +16,9 @@ import torch
 from moe_runtime.predictors.base import Probabilities, StepRows
 from moe_runtime.predictors.files import Arrays, take_array
 from moe_runtime.predictors.origin import Origin
-from moe_runtime.predictors.path_network import CHUNK, PathCache, PathConfig, PathNetwork
+from moe_runtime.predictors.path_cache import CHUNK, PathCache
+from moe_runtime.predictors.path_config import PathConfig
+from moe_runtime.predictors.path_network import PathNetwork
 from moe_runtime.predictors.path_sequences import Vocabulary, multi_hot
 from numpy.typing import NDArray
 from torch import Tensor
@@ -207,9 +209,7 @@ class RoutingPathPredictor:
             if one.memory is None:
                 # Never seen from its beginning: a prompt of one unknown token.
                 prompt = one.prompt[-window:] or [len(self.vocabulary)]
-                read = self.network.encode(
-                    torch.tensor([prompt]), torch.tensor([len(prompt)])
-                )
+                read = self.network.encode(torch.tensor([prompt]), torch.tensor([len(prompt)]))
                 one.memory = [
                     (keys[0], values[0])
                     for keys, values, _ in (

@@ -1,445 +1,199 @@
-"""Training a routing-path network on sequences: the schedule, the loop, the held-out recall.
+"""From routing traces to a routing-path predictor: split, training, correction, figures.
 
-Knows no trace file and no command. Seeded, and resumable from a state file.
+Knows traces and predictors; knows no command.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from moe_runtime.predictors.path_network import PathConfig, PathNetwork
-from moe_runtime.predictors.path_recall import PathRecall, RecallSum, table_logits
-from moe_runtime.predictors.path_sequences import (
-    PathBatch,
-    PathSequence,
-    Vocabulary,
-    epoch_packs,
-    multi_hot,
-    padded,
-    token_counts,
-)
-from moe_runtime.predictors.train_state import load_state, save_state
+from moe_runtime.predictors.origin import Origin, require_held_out
+from moe_runtime.predictors.path_config import PathConfig
+from moe_runtime.predictors.path_correction import corrected, fit_correction
+from moe_runtime.predictors.path_measure import first_rows, sequence_logits
+from moe_runtime.predictors.path_recall import PathRecall, RecallSum
+from moe_runtime.predictors.path_sequences import PathSequence, Vocabulary, sequences_of
+from moe_runtime.predictors.path_training import Trained, TrainOptions, TrainProgress, train_path
+from moe_runtime.predictors.routing_path import RoutingPathPredictor
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
-from moe_runtime.core import ExpertGrid, FloatArray
-from moe_runtime.errors import ConfigError
-from moe_runtime.trace import UNUSED
+from moe_runtime.core import ExpertGrid
+from moe_runtime.errors import ConfigError, PredictorError
+from moe_runtime.trace import RoutingTrace
 
-__all__ = [
-    "TrainOptions",
-    "TrainProgress",
-    "Trained",
-    "network_recall",
-    "path_loss",
-    "table_recall",
-    "train_path",
-]
+__all__ = ["TrainedPredictor", "split_traces", "train_predictor"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """How the network is trained.
-
-    Args:
-        epochs: passes over the training sequences, at most.
-        minutes: time at most, over all starts; 0: any. With it, weights depend on the clock.
-        peak_rate, last_rate: AdamW's learning rate after the warm-up and at the end.
-        warm_up: share of the epochs, or of the minutes, over which the rate rises.
-        weight_decay: of matrices; norms and the embedding are left alone.
-        clip: longest gradient.
-        batch_tokens, longest: see `epoch_packs`.
-        forget: share of tokens that are shown as unknown ones.
-        evaluate_every: steps from one measurement of held-out recall to the next.
-        patience: measurements without a better recall at 2k after which training ends.
-        measured_rows: held-out tokens measured each time, at most about.
-        seed: of everything random.
-    """
-
-    epochs: int = 12
-    minutes: float = 0.0
-    peak_rate: float = 3e-3
-    last_rate: float = 3e-5
-    warm_up: float = 0.04
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    batch_tokens: int = 4096
-    longest: int = 256
-    forget: float = 0.005
-    evaluate_every: int = 200
-    patience: int = 10
-    measured_rows: int = 20_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_tokens", "longest", "evaluate_every", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, found {getattr(self, name)}")
-        if self.minutes < 0 or self.peak_rate <= 0 or not 0 <= self.forget < 1:
-            raise ConfigError(
-                "minutes must be 0 or more, peak_rate above 0 and forget from 0 to below 1, found "
-                f"{self.minutes}, {self.peak_rate}, {self.forget}"
-            )
-
-    def rate(self, progress: float) -> float:
-        """Learning rate at this share of the training: a linear rise, then a cosine."""
-        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        rate = self.last_rate + (self.peak_rate - self.last_rate) * cosine
-        return rate * min(1.0, (progress + 1e-3) / max(self.warm_up, 1e-3))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainProgress:
-    """Where training is: 0 to 1 of it, steps, passes, the last loss, the recalls at 2k so far."""
-
-    share: float
-    step: int
-    epoch: int
-    loss: float
-    recall_2k: float
-    best_2k: float
+CORRECTED_ROWS = 40_000  # rows that the correction is fitted to
+LARGEST_CORRECTION = 4096  # experts of all layers; its square is stored
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Trained:
-    """A trained network and what it does on the held-out rows that training stopped by.
+class TrainedPredictor:
+    """A predictor, how its network was trained, and recall once earlier layers are known.
 
     Args:
-        network: with the weights of the best measurement.
-        vocabulary: the tokens of its rows.
-        popularity: float32 `[G]`, share of training tokens that went to each expert.
-        recall, table: of the network, and of the token-id table of the same training rows.
-        steps, epochs, seconds: of training, over all starts; seconds with measurements.
-        stopped: why it ended: "epochs", "minutes" or "recall".
+        observed: held-out recall of each layer after all before it were observed; None if the
+            predictor has no correction.
     """
 
-    network: PathNetwork
-    vocabulary: Vocabulary
-    popularity: NDArray[np.float32]
-    recall: PathRecall
-    table: PathRecall
-    steps: int
-    epochs: int
-    seconds: float
-    stopped: str
+    predictor: RoutingPathPredictor
+    trained: Trained
+    observed: PathRecall | None
 
 
-def train_path(
-    train: Sequence[PathSequence],
-    held_out: Sequence[PathSequence],
+def split_traces(
+    traces: Sequence[RoutingTrace], share: float, seed: int = 0
+) -> tuple[list[RoutingTrace], list[RoutingTrace]]:
+    """Whole sequences to train on and to hold out, drawn by the seed over all traces.
+
+    Sequences that are drawn for holding out and mostly repeat training rows (a prompt that was run
+    twice) are left out of both.
+
+    Args:
+        share: of the sequences to hold out; one at least is.
+
+    Raises:
+        ConfigError: a share outside 0 to 1, a single sequence, or none held out that is new.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"the held-out share must be between 0 and 1, found {share}")
+    named = [
+        (number, sequence)
+        for number, trace in enumerate(traces)
+        for sequence in np.unique(trace.sequence_ids).tolist()
+    ]
+    count = max(1, round(share * len(named)))
+    if count >= len(named):
+        raise ConfigError(
+            f"{len(named)} sequences cannot be split into training and held-out ones; give more "
+            "traces, or name held-out traces"
+        )
+    drawn = np.random.default_rng(seed).permutation(len(named))[:count].tolist()
+    held = {named[at] for at in drawn}
+    parts: tuple[list[RoutingTrace], list[RoutingTrace]] = ([], [])
+    for number, trace in enumerate(traces):
+        mine = [sequence for n, sequence in held if n == number]
+        inside = np.isin(trace.sequence_ids, mine)
+        for part, rows in zip(parts, (~inside, inside), strict=True):
+            if rows.any():
+                part.append(trace.select(rows=rows))
+    train, repeated = parts
+    new = [part for part in (_without_seen(Origin.of(train), one) for one in repeated) if len(part)]
+    if not new:
+        raise ConfigError(
+            "every sequence drawn for holding out is among the training ones; give more traces, or "
+            "name held-out traces"
+        )
+    return train, new
+
+
+def _without_seen(origin: Origin, trace: RoutingTrace) -> RoutingTrace:
+    """The sequences of a trace that are held out from what this was fitted to."""
+    kept = []
+    for sequence in np.unique(trace.sequence_ids).tolist():
+        try:
+            require_held_out(origin, trace.select(sequences=[sequence]))
+        except PredictorError:
+            continue
+        kept.append(sequence)
+    return trace.select(sequences=kept)
+
+
+def train_predictor(
+    traces: Sequence[RoutingTrace],
+    held_out: Sequence[RoutingTrace],
     *,
-    grid: ExpertGrid,
-    top_k: tuple[int, ...],
     config: PathConfig,
     options: TrainOptions,
     state: Path | None = None,
     resume: bool = False,
     progress: Callable[[TrainProgress], None] = lambda _: None,
-) -> Trained:
-    """Train until the epochs or minutes are over, or held-out recall at 2k no longer rises.
+) -> TrainedPredictor:
+    """Train a routing-path predictor on traces with token ids.
 
     Args:
-        state: where to keep what is needed to go on; nowhere if not given.
-        resume: go on from `state`.
-        progress: told after each measurement.
+        traces: to train on. Rows of prefill are prompts, rows of decoding what was generated; a
+            sequence that was only read is cut into the two.
+        held_out: other sequences of the same model; training stops by them, and they alone are
+            measured.
+        config: sizes of the network.
+        state, resume, progress: see `train_path`.
 
     Raises:
-        ConfigError: `resume` without such a state, or one of other data, sizes or options.
+        TraceError: no traces, traces of different models, or rows without token ids.
+        PredictorError: held-out sequences that are among the training ones.
+        ConfigError: see `train_path`.
     """
-    run = _Run(train, held_out, grid=grid, top_k=top_k, config=config, options=options)
-    if resume:
-        run.load(state)
-    while run.stopped is None:
-        run.one_epoch(state, progress)
-    return run.result()
+    train, held = sequences_of(traces), sequences_of(held_out)
+    origin = Origin.of(traces)
+    for number, trace in enumerate(held_out):
+        trace.require_like(traces[0], f"held-out trace {number}")
+        require_held_out(origin, trace, f"held-out trace {number}")
+    grid, top_k = origin.grid, origin.top_k
+    trained = train_path(
+        train, held, grid=grid, top_k=top_k, config=config, options=options,
+        state=state, resume=resume, progress=progress,
+    )  # fmt: skip
+    correction, observed = None, None
+    if len(grid.layers) > 1 and grid.size <= LARGEST_CORRECTION:
+        correction, observed = _correction(trained, train, held, grid, top_k, options.seed)
+    predictor = RoutingPathPredictor(
+        origin=replace(origin, figures=figures(trained, observed)),
+        network=trained.network,
+        vocabulary=trained.vocabulary,
+        popularity=trained.popularity,
+        correction=correction,
+    )
+    return TrainedPredictor(predictor=predictor, trained=trained, observed=observed)
 
 
-class _Run:
-    """One training: network, optimizer, how far it is, the best weights so far."""
-
-    def __init__(
-        self,
-        train: Sequence[PathSequence],
-        held_out: Sequence[PathSequence],
-        *,
-        grid: ExpertGrid,
-        top_k: tuple[int, ...],
-        config: PathConfig,
-        options: TrainOptions,
-    ) -> None:
-        self.train, self.grid, self.top_k, self.options = train, grid, top_k, options
-        self.held_out = held_out
-        self.vocabulary = Vocabulary.of(train)
-        counts, rows = token_counts(train, self.vocabulary, grid)
-        self.table = table_logits(counts, rows, grid)
-        self.popularity = (1 / (1 + np.exp(-self.table[-1]))).astype(np.float32)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            self.network = PathNetwork(
-                config, vocabulary=len(self.vocabulary), outputs=grid.size
-            )
-        if config.prior:
-            start_from_table(self.network, self.table, rows)
-        self.optimizer = _optimizer(self.network, options)
-        self.facts: dict[str, Any] = {
-            "data": _fingerprint(train, held_out),
-            "config": config.as_dict(),
-            "options": {**asdict(options), "minutes": None, "epochs": None, "patience": None},
-            **{"step": 0, "epoch": 0, "batch": 0, "elapsed": 0.0, "worse": 0, "best": -1.0},
-        }
-        self.best: dict[str, Tensor] = {}
-        self.stopped: str | None = None
-        self._began = time.monotonic()
-        self._loss = float("nan")
-
-    def elapsed(self) -> float:
-        """Seconds of training over all starts."""
-        return float(self.facts["elapsed"]) + time.monotonic() - self._began
-
-    def one_epoch(self, state: Path | None, progress: Callable[[TrainProgress], None]) -> None:
-        """One pass, or what is left of it. Mutates."""
-        options, facts = self.options, self.facts
-        packs = epoch_packs(
-            self.train,
-            encoder=self.network.config.encoder_layers > 0,
-            tokens=options.batch_tokens,
-            longest=options.longest,
-            seed=options.seed,
-            epoch=facts["epoch"],
-        )
-        if not packs:
-            raise ConfigError(
-                "no training sequence has two tokens, so none has a prompt and a continuation"
-            )
-        for pack in packs[facts["batch"] :]:
-            share = (facts["epoch"] + facts["batch"] / len(packs)) / options.epochs
-            if options.minutes:
-                share = max(share, self.elapsed() / 60 / options.minutes)
-            if facts["step"] % options.evaluate_every == 0 and facts["step"]:
-                self._measure(share, state, progress)
-            elif not facts["step"]:
-                self._measure(0.0, None, progress)
-            if share >= 1.0:
-                self.stopped = "minutes"
-            if self.stopped:
-                return
-            self._step(padded(pack, self.vocabulary), share)
-            facts["batch"] += 1
-            facts["step"] += 1
-        facts["epoch"], facts["batch"] = facts["epoch"] + 1, 0
-        if facts["epoch"] >= options.epochs:
-            self._measure(1.0, state, progress)
-            self.stopped = self.stopped or "epochs"
-
-    def _step(self, batch: PathBatch, share: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.rate(share)
-        rng = np.random.default_rng([self.options.seed, 1, self.facts["step"]])
-        for ids in (batch.tokens, batch.prompt):
-            ids[rng.random(ids.shape) < self.options.forget] = len(self.vocabulary)
-        self.network.train()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed + 7919 * self.facts["step"])
-            loss = path_loss(_logits(self.network, batch), batch.topk_ids, self.grid)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._loss = loss.item()
-
-    def _measure(
-        self, share: float, state: Path | None, progress: Callable[[TrainProgress], None]
-    ) -> None:
-        facts = self.facts
-        some = _first_rows(self.held_out, self.options.measured_rows)
-        found = network_recall(self.network, some, self.vocabulary, self.grid, self.top_k)
-        if found.recall_2k > facts["best"]:
-            facts["best"], facts["worse"] = found.recall_2k, 0
-            self.best = {n: p.detach().clone() for n, p in self.network.named_parameters()}
-        else:
-            facts["worse"] += 1
-            if facts["worse"] >= self.options.patience:
-                self.stopped = "recall"
-        if state is not None:
-            now = {**facts, "elapsed": self.elapsed()}
-            save_state(state, self.network, self.optimizer, self.best, now)
-        progress(
-            TrainProgress(
-                share=min(share, 1.0),
-                step=facts["step"],
-                epoch=facts["epoch"],
-                loss=self._loss,
-                recall_2k=found.recall_2k,
-                best_2k=facts["best"],
-            )
-        )
-
-    def load(self, state: Path | None) -> None:
-        """Go on from a state file. Mutates."""
-        if state is None or not state.exists():
-            raise ConfigError(f"{state}: no training state to go on from; train without --resume")
-        self.best, facts = load_state(state, self.network, self.optimizer)
-        for what in ("data", "config", "options"):
-            if facts.get(what) != self.facts[what]:
-                raise ConfigError(
-                    f"{state}: a training with other {what} ({facts.get(what)!r:.200} there, "
-                    f"{self.facts[what]!r:.200} here); give the same traces and options, or train "
-                    "without --resume"
-                )
-        self.facts = facts
-
-    def result(self) -> Trained:
-        """The best network, measured on all held-out rows."""
-        if self.best:
-            self.network.load_state_dict(self.best)
-        self.network.eval()
-        shared = (self.held_out, self.vocabulary, self.grid, self.top_k)
-        assert self.stopped is not None
-        return Trained(
-            network=self.network,
-            vocabulary=self.vocabulary,
-            popularity=self.popularity,
-            recall=network_recall(self.network, *shared),
-            table=table_recall(self.table, *shared),
-            steps=self.facts["step"],
-            epochs=self.facts["epoch"],
-            seconds=self.elapsed(),
-            stopped=self.stopped,
-        )
-
-
-def start_from_table(network: PathNetwork, table: FloatArray, rows: FloatArray) -> None:
-    """Make the network's logits those of a token-id table, as near as its width allows.
-
-    The table, less its mean, is factored by a singular value decomposition weighted with how often
-    each token came: the left factor becomes the embedding, the right one the prior head. The head
-    of the decoder starts small.
-
-    Args:
-        table: `[V + 1, G]` logits.
-        rows: `[V, L]`, how often each layer routed each token.
-    """
-    weight = np.append(rows.max(axis=1), 1.0)
-    mean = (table * weight[:, None]).sum(axis=0) / weight.sum()
-    scaled = np.sqrt(weight / weight.sum())[:, None] * (table - mean)
-    # The right singular vectors from the smaller square: G is some hundreds, V may be 10**5.
-    values, vectors = np.linalg.eigh(scaled.T @ scaled)
-    width = min(network.config.d_model, len(values))
-    right = vectors[:, ::-1][:, :width]
-    # Singular values are shared so that embeddings have entries of about one.
-    spread = np.sqrt(np.maximum(values[::-1][:width], 1e-12))
-    with torch.no_grad():
-        network.embedding.weight[:, :width] = torch.from_numpy((table - mean) @ right / spread)
-        network.prior.weight.zero_()
-        network.prior.weight[:, :width] = torch.from_numpy(right * spread)
-        network.prior.bias.copy_(torch.from_numpy(mean))
-        network.head.weight.mul_(0.02)
-
-
-def path_loss(logits: Tensor, topk_ids: NDArray[np.uint16], grid: ExpertGrid) -> Tensor:
-    """Cross entropy with the multi-hot path, summed over a layer's experts, averaged over the
-    (token, layer) rows that have a label; `logits [B, S, G]`, `topk_ids [B, S, L, K]`.
-    """
-    labels = torch.from_numpy(multi_hot(topk_ids, grid))
-    each = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    layers = torch.stack([part.sum(-1) for part in each.split(list(grid.experts), -1)], -1)
-    routed = torch.from_numpy((topk_ids != UNUSED).any(axis=-1))
-    return layers[routed].mean()
-
-
-@torch.no_grad()
-def network_recall(
-    network: PathNetwork,
-    sequences: Sequence[PathSequence],
-    vocabulary: Vocabulary,
-    grid: ExpertGrid,
-    top_k: tuple[int, ...],
-) -> PathRecall:
-    """Recall on what follows each sequence's cut, the rows before being its prompt."""
-    network.eval()
-    total = RecallSum(grid, top_k)
-    for one in sequences:
-        if 0 < one.cut() < len(one):
-            total.add(sequence_logits(network, vocabulary, one), one.topk_ids[one.cut() :])
-    return total.result()
-
-
-def sequence_logits(
-    network: PathNetwork, vocabulary: Vocabulary, one: PathSequence
-) -> NDArray[np.float32]:
-    """Logits `[n - cut, G]` of what follows the cut of a sequence, given what comes before."""
-    rows = torch.from_numpy(vocabulary.rows(one.token_ids))[None]
-    cut = one.cut()
-    if network.config.encoder_layers:
-        prompt = rows[:, max(0, cut - network.config.window) : cut]
-        read = network.encode(prompt, torch.tensor([prompt.shape[1]]))
-        logits = network(rows[:, cut:], read)[0]
-    else:
-        logits = network(rows)[0, cut:]
-    found: NDArray[np.float32] = logits.detach().numpy()
+def figures(trained: Trained, observed: PathRecall | None) -> dict[str, Any]:
+    """Held-out recall and precision, rounded, as they are kept in the file and printed."""
+    found: dict[str, Any] = {
+        "held_out_rows": trained.recall.rows,
+        "routing_path": shares(trained.recall),
+        "token_table": shares(trained.table),
+    }
+    if observed is not None:
+        found["earlier_layers_known"] = shares(observed)
     return found
 
 
-def table_recall(
-    table: FloatArray,
-    sequences: Sequence[PathSequence],
-    vocabulary: Vocabulary,
+def shares(recall: PathRecall) -> dict[str, Any]:
+    """Recall and precision at k and 2k to four places."""
+    names = ("recall_k", "recall_2k", "precision_k", "precision_2k")
+    rounded: dict[str, Any] = {name: round(getattr(recall, name), 4) for name in names}
+    return {**rounded, "recall_2k_by_layer": [round(one, 4) for one in recall.by_layer]}
+
+
+def _correction(
+    trained: Trained,
+    train: Sequence[PathSequence],
+    held: Sequence[PathSequence],
     grid: ExpertGrid,
     top_k: tuple[int, ...],
-) -> PathRecall:
-    """What the token-id table does on the rows that `network_recall` measures."""
+    seed: int,
+) -> tuple[NDArray[np.float32], PathRecall]:
+    order = np.random.default_rng([seed, 2]).permutation(len(train)).tolist()
+    some = first_rows([train[at] for at in order], CORRECTED_ROWS)
+    correction = fit_correction(*_rows(trained, some), grid, seed=seed)
+    logits, topk_ids = _rows(trained, held)
     total = RecallSum(grid, top_k)
-    for one in sequences:
-        if 0 < (cut := one.cut()) < len(one):
-            total.add(table[vocabulary.rows(one.token_ids[cut:])], one.topk_ids[cut:])
-    return total.result()
+    total.add(corrected(logits, topk_ids, correction, grid), topk_ids)
+    return correction, total.result()
 
 
-def _logits(network: PathNetwork, batch: PathBatch) -> Tensor:
-    read = None
-    if network.config.encoder_layers:
-        read = network.encode(
-            torch.from_numpy(batch.prompt), torch.from_numpy(batch.prompt_lengths)
-        )
-    logits: Tensor = network(torch.from_numpy(batch.tokens), read)
-    return logits
-
-
-def _optimizer(network: PathNetwork, options: TrainOptions) -> torch.optim.AdamW:
-    named = list(network.named_parameters())
-    kept = {"embedding.weight"} | {name for name, p in named if p.ndim < 2 or "bias" in name}
-    groups = [
-        {"params": [p for n, p in named if n not in kept], "weight_decay": options.weight_decay},
-        {"params": [p for n, p in named if n in kept], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.peak_rate, betas=(0.9, 0.98), fused=True)
-
-
-def _first_rows(sequences: Sequence[PathSequence], rows: int) -> list[PathSequence]:
-    """Sequences from the first on, until so many rows are measured."""
-    chosen, have = [], 0
-    for one in sequences:
-        if have >= rows:
-            break
-        chosen.append(one)
-        have += len(one) - one.cut()
-    return chosen
-
-
-def _fingerprint(*sets: Sequence[PathSequence]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for sequences in sets:
-        digest.update(str(len(sequences)).encode())
-        for one in sequences:
-            digest.update(one.token_ids.tobytes())
-            digest.update(one.topk_ids.tobytes())
-    return digest.hexdigest()
+def _rows(
+    trained: Trained, sequences: Sequence[PathSequence]
+) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
+    """Logits `[N, G]` and routing `[N, L, K]` of what follows the sequences' cuts."""
+    used = [one for one in sequences if 0 < one.cut() < len(one)]
+    vocabulary: Vocabulary = trained.vocabulary
+    return (
+        np.concatenate([sequence_logits(trained.network, vocabulary, one) for one in used]),
+        np.concatenate([one.topk_ids[one.cut() :] for one in used]),
+    )

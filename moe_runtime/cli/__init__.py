@@ -14,6 +14,7 @@ from moe_runtime.cli.plan import plan
 from moe_runtime.cli.report import report
 from moe_runtime.cli.topology import topology
 from moe_runtime.cli.trace import trace
+from moe_runtime.cli.train_predictor import train_predictor
 from moe_runtime.version import __version__
 
 __all__ = ["app", "main"]
@@ -55,6 +56,7 @@ app.add_typer(plan, name="plan")
 app.command("export")(export)
 app.command("bake")(bake)
 app.command("topology")(topology)
+app.command("train-predictor")(train_predictor)
 
 
 def main() -> None:

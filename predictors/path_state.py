@@ -38,9 +38,7 @@ def save_state(
             if optimizer.state[parameter]:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     with replacing(path) as temporary:
-        save_file(
-            tensors, temporary, metadata={"format": FORMAT, "facts": json.dumps(facts)}
-        )
+        save_file(tensors, temporary, metadata={"format": FORMAT, "facts": json.dumps(facts)})
 
 
 def load_state(
