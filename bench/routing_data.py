@@ -41,7 +41,7 @@ class Amounts:
 
     window: int = 320
     windows: int = 2000  # of each text domain
-    puzzles: int = 6000
+    puzzles: int = 15_000
     prompts: int = 384  # of each domain
     prompt: int = 48
     continued: int = 96

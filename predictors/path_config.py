@@ -12,6 +12,8 @@ from moe_runtime.errors import ConfigError
 
 __all__ = ["PRESETS", "PathConfig", "preset"]
 
+MOST, MOST_LAYERS = 1 << 16, 64  # sizes come from files too, and nothing is built of absurd ones
+
 
 @dataclass(frozen=True, kw_only=True)
 class PathConfig:
@@ -36,7 +38,7 @@ class PathConfig:
     heads: int = 4
     encoder_layers: int = 0
     decoder_layers: int = 2
-    window: int = 64
+    window: int = 128
     prior: bool = True
     dropout: float = 0.0
     buckets: int = 32
@@ -47,8 +49,9 @@ class PathConfig:
             if name in {"prior", "dropout"}:
                 continue
             least = 0 if name == "encoder_layers" else 1
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be an integer from {least} on, found {value!r}")
+            most = MOST_LAYERS if name.endswith("layers") else MOST
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ConfigError(f"{name} must be an integer {least} to {most}, found {value!r}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be from 0 to below 1, found {self.dropout!r}")
         # Half of the encoder's buckets look back, and half of these are single distances.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moe_runtime.core import ExpertGrid, FloatArray, IntArray
 from moe_runtime.errors import TraceError
-from moe_runtime.trace import PREFILL, UNUSED, RoutingTrace
+from moe_runtime.trace import DECODE, UNUSED, RoutingTrace
 
 __all__ = [
     "PathBatch",
@@ -38,7 +38,7 @@ class PathSequence:
     Args:
         token_ids: int64 `[n]`.
         topk_ids: uint16 `[n, L, K]`, 65535 where nothing was chosen.
-        prompt: how many of the tokens are prompt; n if nothing was generated.
+        prompt: how many tokens come before the first that was generated; n if none was.
     """
 
     token_ids: IntArray
@@ -51,7 +51,7 @@ class PathSequence:
 
     def cut(self) -> int:
         """Where what is measured begins: after the prompt, half-way in a text that was read."""
-        return self.prompt if self.prompt < len(self) else len(self) // 2
+        return self.prompt if 0 < self.prompt < len(self) else len(self) // 2
 
 
 def sequences_of(traces: Sequence[RoutingTrace]) -> list[PathSequence]:
@@ -79,7 +79,7 @@ def sequences_of(traces: Sequence[RoutingTrace]) -> list[PathSequence]:
             PathSequence(
                 token_ids=trace.token_ids[rows].astype(np.int64),
                 topk_ids=trace.topk_ids[rows],
-                prompt=int((trace.phase[rows] == PREFILL).sum()),
+                prompt=_prompt(trace.phase[rows]),
             )
             for rows in np.split(order, ends)
             if len(rows)
@@ -87,6 +87,11 @@ def sequences_of(traces: Sequence[RoutingTrace]) -> list[PathSequence]:
     if not found:
         raise TraceError("the traces have no rows; record some text")
     return found
+
+
+def _prompt(phase: NDArray[np.uint8]) -> int:
+    generated = np.flatnonzero(phase == DECODE)
+    return int(generated[0]) if len(generated) else len(phase)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,7 +189,8 @@ def _pieces(
             part = slice(max(first, 0), first + longest)
             yield nothing, one.token_ids[part], one.topk_ids[part]
         return
-    cut = one.prompt if one.prompt < len(one) else int(rng.integers(1, max(2, len(one))))
+    known = 0 < one.prompt < len(one)
+    cut = one.prompt if known else int(rng.integers(1, max(2, len(one))))
     kept = max(1, round((len(one) - cut) * rng.uniform(0.2, 1.0)))
     part = slice(cut, cut + min(kept, longest))
     if 0 < cut < len(one):

@@ -59,17 +59,17 @@ class TrainOptions:
 
     epochs: int = 12
     minutes: float = 0.0
-    peak_rate: float = 3e-3
-    last_rate: float = 3e-5
+    peak_rate: float = 2e-3
+    last_rate: float = 2e-5
     warm_up: float = 0.04
     weight_decay: float = 0.01
     clip: float = 1.0
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
     longest: int = 256
     forget: float = 0.005
-    evaluate_every: int = 200
+    evaluate_every: int = 250
     patience: int = 10
-    measured_rows: int = 20_000
+    measured_rows: int = 8000
     seed: int = 0
 
     def __post_init__(self) -> None:
