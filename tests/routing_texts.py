@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_runtime.trace import DECODE, RoutingTrace
 
-LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 12
+LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 40
 
 
 def text_trace(
@@ -18,14 +18,15 @@ def text_trace(
     """Random token ids 5, 8, 11, ...; experts of layer l: by the token, by the token before.
 
     Args:
+        tokens: different ids.
         prompt: tokens of each sequence that are prefill; all if not given.
     """
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(TOKENS, size=(sequences, length))
-    before = np.roll(tokens, 1, axis=1)
+    drawn = rng.integers(tokens, size=(sequences, length))
+    before = np.roll(drawn, 1, axis=1)
     before[:, 0] = 0
     layer = np.arange(LAYERS)
-    own = (tokens[..., None] + layer) % EXPERTS
+    own = (drawn[..., None] + layer) % EXPERTS
     other = (before[..., None] * 3 + layer) % EXPERTS
     other = np.where(other == own, (own + 1) % EXPERTS, other)
     ids = np.stack([own, other], axis=-1).reshape(-1, LAYERS, TOP_K).astype(np.uint16)
@@ -34,7 +35,7 @@ def text_trace(
     return RoutingTrace(
         topk_ids=ids,
         topk_weights=np.full(ids.shape, 1 / TOP_K, np.float16),
-        token_ids=(5 + 3 * tokens).reshape(-1).astype(np.int32),
+        token_ids=(5 + 3 * drawn).reshape(-1).astype(np.int32),
         sequence_ids=np.repeat(np.arange(sequences), length).astype(np.int32),
         positions=positions.astype(np.int32),
         phase=np.where(generated, DECODE, 0).astype(np.uint8),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_runtime.predictors import Origin, StepRows, load_predictor, save_predictor
 from moe_runtime.predictors import routing_path as routing_path_module
 from moe_runtime.predictors.path_cache import PathCache
-from moe_runtime.predictors.path_config import PRESETS, PathConfig, preset
+from moe_runtime.predictors.path_config import PathConfig, preset
 from moe_runtime.predictors.path_correction import corrected, fit_correction
 from moe_runtime.predictors.path_measure import sequence_logits
 from moe_runtime.predictors.path_network import PathNetwork
@@ -197,7 +197,9 @@ def test_a_batch_forecasts_what_whole_sequences_do(config: PathConfig) -> None:
         for name, one in some.items()
     }
     # Two prompts together, one of them in two parts; the third comes later.
-    predictor.begin_step(step({0: (some[0], slice(0, 13)), 1: (some[1], slice(0, 5))}, decode=False))
+    predictor.begin_step(
+        step({0: (some[0], slice(0, 13)), 1: (some[1], slice(0, 5))}, decode=False)
+    )
     predictor.begin_step(step({1: (some[1], slice(5, 13))}, decode=False))
     predictor.begin_step(step({2: (some[2], slice(0, 13))}, decode=False))
     places = {0: 13, 1: 13, 2: 13}
