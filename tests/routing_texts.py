@@ -12,7 +12,8 @@ LAYERS, EXPERTS, TOP_K, TOKENS = 3, 8, 2, 40
 
 
 def text_trace(
-    *, sequences: int = 24, length: int = 30, prompt: int | None = None, seed: int = 0,
+    *, sequences: int = 24, length: int = 30, prompt: int | None = None,
+    tokens: int = TOKENS, seed: int = 0,
     **description: Any,
 ) -> RoutingTrace:  # fmt: skip
     """Random token ids 5, 8, 11, ...; experts of layer l: by the token, by the token before.
