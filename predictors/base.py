@@ -101,7 +101,9 @@ def demand(probabilities: Probabilities) -> Probabilities:
         probabilities: `[T, experts]`, of each row.
     """
     if len(probabilities) == 1:
-        return probabilities[0]
+        one: Probabilities = probabilities[0]
+        return one
     with np.errstate(divide="ignore"):
         none = np.log1p(-np.clip(probabilities, 0.0, 1.0)).sum(axis=0)
-    return (-np.expm1(none)).astype(np.float32)
+    result: Probabilities = (-np.expm1(none)).astype(np.float32)
+    return result

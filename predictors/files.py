@@ -23,7 +23,14 @@ from moe_runtime.core import ExpertGrid
 from moe_runtime.errors import PredictorError
 from moe_runtime.files import replacing
 
-__all__ = ["KINDS", "StoredPredictor", "load_predictor", "save_predictor", "take_array"]
+__all__ = [
+    "KINDS",
+    "StoredPredictor",
+    "load_predictor",
+    "predictor_class",
+    "save_predictor",
+    "take_array",
+]
 
 FORMAT, VERSION = "moe-runtime.predictor", 1
 FITTED_ON = "origin.fitted_on"  # the one array that is not the predictor's own
@@ -113,7 +120,7 @@ def load_predictor(
         raise PredictorError(f"{path}: {_words(error)}; {_AGAIN}") from error
     _require_fit(path, origin, fingerprint, grid)
     _require_finite(path, arrays)
-    kind = _class_of(path, header.get("kind", ""))
+    kind = _kind_of(path, header)
     try:
         return kind.from_arrays(origin, arrays, constants)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -221,14 +228,21 @@ def _require_finite(path: Path, arrays: Arrays) -> None:
             raise PredictorError(f"{path}: array {name!r} holds {array[at]} at {at}; {_AGAIN}")
 
 
-def _class_of(path: Path, kind: str) -> type[StoredPredictor]:
+def predictor_class(kind: str) -> type[StoredPredictor]:
+    """The class of a kind; PredictorError lists those that there are."""
     if kind not in KINDS:
         raise PredictorError(
-            f"{path}: a predictor of the kind {kind!r}, this release knows {', '.join(KINDS)}; "
-            "read it with the release that wrote it"
+            f"a predictor of the kind {kind!r}, this release knows {', '.join(KINDS)}"
         )
     module, name = KINDS[kind]
     found: type[StoredPredictor] = getattr(
         importlib.import_module(f"moe_runtime.predictors.{module}"), name
     )
     return found
+
+
+def _kind_of(path: Path, header: Mapping[str, str]) -> type[StoredPredictor]:
+    try:
+        return predictor_class(header.get("kind", ""))
+    except PredictorError as error:
+        raise PredictorError(f"{path}: {error}; read it with the release that wrote it") from error

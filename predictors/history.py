@@ -42,7 +42,8 @@ class RunHistory:
         self.chosen: dict[int, IntArray] = {}
         self.newest = -1
         self._last: OrderedDict[int, dict[int, IntArray]] = OrderedDict()
-        self._before: list[dict[int, IntArray]] = []
+        self._before: dict[int, dict[int, IntArray]] = {}
+        self._first = np.zeros(0, np.bool_)
 
     def begin_step(self, rows: StepRows) -> None:
         """A forward call begins; the one before becomes the past. Mutates."""
@@ -50,7 +51,11 @@ class RunHistory:
         self.rows = rows
         self.chosen = {}
         self.newest = -1
-        self._before = [self._last.get(int(one), {}) for one in rows.sequence_ids]
+        self._first = np.diff(rows.sequence_ids, prepend=NOTHING) != 0
+        self._before = {
+            row: self._last.get(int(rows.sequence_ids[row]), {})
+            for row in np.flatnonzero(self._first).tolist()
+        }
 
     def observe(self, position: int, topk_ids: IntArray) -> None:
         """The router of a layer has chosen, `[T, K]`. Mutates.
@@ -72,13 +77,18 @@ class RunHistory:
         self.newest = position
 
     def previous(self, position: int) -> IntArray:
-        """int64 `[T, K]`: what each row's sequence chose at a layer in its latest earlier step.
+        """int64 `[T, K]`: what the token before each row chose at a layer, where that is known.
 
-        `NOTHING` where there was none. In a prompt all rows share what came before the prompt.
+        `NOTHING` where it is not: at a sequence's start, and inside a prompt until the layer has
+        been observed.
         """
-        known = [before.get(position) for before in self._before]
+        known = [self._before.get(row, {}).get(position) for row in range(len(self.rows))]
+        here = self.chosen.get(position)
         width = max((len(one) for one in known if one is not None), default=1)
-        result = np.full((len(known), width), NOTHING, np.int64)
+        result = np.full((len(known), width if here is None else here.shape[1]), NOTHING, np.int64)
+        if here is not None:
+            inside = np.flatnonzero(~self._first)
+            result[inside] = here[inside - 1]
         for row, one in enumerate(known):
             if one is not None:
                 result[row, : len(one)] = one

@@ -92,6 +92,11 @@ class Origin:
         hashes = np.unique(np.concatenate([row_hashes(trace) for trace in traces]))
         return cls(**first.description(), fitted_on=hashes[:KEPT_ROWS])
 
+    @classmethod
+    def empty(cls, trace: RoutingTrace) -> Origin:
+        """Of a predictor for the trace's model that is fitted to nothing."""
+        return cls(**trace.description())
+
     def require_trace(self, trace: RoutingTrace, name: str = "the trace") -> None:
         """PredictorError unless a trace has this origin's layers, experts and top-k, and is of its
         model where both are known.

@@ -46,6 +46,10 @@ SURFACE = {
         *("--variant", "--local-files-only"),
     },
     "topology": {"--out", "--hidden", "--tokens"},
+    "evaluate-predictor": {
+        *("[PRED...]", "--trace", "--fit", "--lookahead", "--batch-sizes", "--token-by-token"),
+        *("--max-tokens", "--allow-fitted", "--out"),
+    },
     "trace record": {
         *("MODEL", "--data", "--out", "--split", "--max-new-tokens", "--batch-size"),
         *("--max-tokens", "--limit", "--chat", "--expert-budget", "--host-budget", "--device"),

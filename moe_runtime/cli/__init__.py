@@ -7,6 +7,7 @@ import typer
 
 from moe_runtime.cli.bake import bake
 from moe_runtime.cli.demo import demo
+from moe_runtime.cli.evaluate_predictor import evaluate_predictor
 from moe_runtime.cli.export import export
 from moe_runtime.cli.generate import generate
 from moe_runtime.cli.inspect import inspect
@@ -57,6 +58,7 @@ app.command("export")(export)
 app.command("bake")(bake)
 app.command("topology")(topology)
 app.command("train-predictor")(train_predictor)
+app.command("evaluate-predictor")(evaluate_predictor)
 
 
 def main() -> None:
