@@ -1,7 +1,7 @@
 """Run and place Mixture-of-Experts models by where their tokens really go."""
 
 import moe_runtime.report  # noqa: F401  first: the function below takes the package's name
-from moe_runtime.bundled import bundled_model
+from moe_runtime.bundled import bundled_model, bundled_predictor
 from moe_runtime.core import ExpertId
 from moe_runtime.errors import (
     AttachError,
@@ -45,6 +45,7 @@ __all__ = [
     "__version__",
     "attach",
     "bundled_model",
+    "bundled_predictor",
     "detach",
     "from_pretrained",
     "inspect_checkpoint",

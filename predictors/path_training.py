@@ -37,6 +37,13 @@ from moe_runtime.errors import ConfigError
 
 __all__ = ["TrainOptions", "TrainProgress", "Trained", "train_path"]
 
+LIMITS = (
+    "epochs",
+    "steps",
+    "minutes",
+    "patience",
+)  # an interrupted training may go on under others
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
@@ -44,6 +51,7 @@ class TrainOptions:
 
     Args:
         epochs: passes over the training sequences, at most.
+        steps: batches at most; 0: any.
         minutes: time at most, over all starts; 0: any. With it, weights depend on the clock.
         peak_rate, last_rate: AdamW's learning rate after the warm-up and at the end.
         warm_up: share of the epochs, or of the minutes, over which the rate rises.
@@ -58,6 +66,7 @@ class TrainOptions:
     """
 
     epochs: int = 12
+    steps: int = 0
     minutes: float = 0.0
     peak_rate: float = 2e-3
     last_rate: float = 2e-5
@@ -111,7 +120,7 @@ class Trained:
         popularity: float32 `[G]`, share of training tokens that went to each expert.
         recall, table: of the network, and of the token-id table of the same training rows.
         steps, epochs, seconds: of training, over all starts; seconds with measurements.
-        stopped: why it ended: "epochs", "minutes" or "recall".
+        stopped: why it ended: "epochs", "steps", "minutes" or "recall".
     """
 
     network: PathNetwork
@@ -183,7 +192,7 @@ class _Run:
         self.facts: dict[str, Any] = {
             "data": _fingerprint(train, held_out),
             "config": config.as_dict(),
-            "options": {**asdict(options), "minutes": None, "epochs": None, "patience": None},
+            "options": {**asdict(options), **dict.fromkeys(LIMITS)},
             "step": 0,
             "epoch": 0,
             "batch": 0,
@@ -219,12 +228,13 @@ class _Run:
             share = (facts["epoch"] + facts["batch"] / len(packs)) / options.epochs
             if options.minutes:
                 share = max(share, self.elapsed() / 60 / options.minutes)
-            if facts["step"] % options.evaluate_every == 0 and facts["step"]:
-                self._measure(share, state, progress)
-            elif not facts["step"]:
-                self._measure(0.0, None, progress)
+            if options.steps:
+                share = max(share, facts["step"] / options.steps)
+            # Where a limit ends it between two measurements, the last weights count too.
+            if facts["step"] % options.evaluate_every == 0 or share >= 1.0:
+                self._measure(share, state if facts["step"] else None, progress)
             if share >= 1.0:
-                self.stopped = "minutes"
+                self.stopped = self.stopped or self._limit()
             if self.stopped:
                 return
             self._step(padded(pack, self.vocabulary), share)
@@ -234,6 +244,11 @@ class _Run:
         if facts["epoch"] >= options.epochs:
             self._measure(1.0, state, progress)
             self.stopped = self.stopped or "epochs"
+
+    def _limit(self) -> str:
+        """Which limit was reached."""
+        steps = self.options.steps
+        return "steps" if steps and self.facts["step"] >= steps else "minutes"
 
     def _step(self, batch: PathBatch, share: float) -> None:
         for group in self.optimizer.param_groups:

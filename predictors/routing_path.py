@@ -30,7 +30,7 @@ from moe_runtime.trace import UNUSED
 __all__ = ["RoutingPathPredictor"]
 
 KEPT_SEQUENCES = 64  # beyond those of the present step, the ones used last are remembered
-_WEIGHT = "network."
+_WEIGHT, _SCALE = "network.", "scale."
 
 Logits = NDArray[np.float32]
 
@@ -230,11 +230,18 @@ class RoutingPathPredictor:
     # -- files -----------------------------------------------------------------------------------
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """What was trained, weights as float16, and the network's sizes."""
-        arrays: dict[str, NDArray[Any]] = {
-            _WEIGHT + name: weight.detach().numpy().astype(np.float16)
-            for name, weight in self.network.named_parameters()
-        }
+        """What was trained, and the network's sizes; matrices as int8 with a scale for each row."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, parameter in self.network.named_parameters():
+            weight = parameter.detach().numpy()
+            if weight.ndim == 2:  # noqa: PLR2004
+                largest = np.abs(weight).max(axis=1, keepdims=True)
+                scale = np.maximum(largest / 127, 1e-7).astype(np.float16)
+                scaled = (weight / scale.astype(np.float32)).round().clip(-127, 127)
+                arrays[_SCALE + name] = scale[:, 0]
+                arrays[_WEIGHT + name] = scaled.astype(np.int8)
+            else:
+                arrays[_WEIGHT + name] = weight.astype(np.float32)
         arrays["vocabulary"] = self.vocabulary.ids.astype(np.int32)
         arrays["popularity"] = self.popularity
         if self.correction is not None:
@@ -255,9 +262,7 @@ class RoutingPathPredictor:
         with torch.device("meta"):  # the sizes are not trusted before the arrays have them
             bare = PathNetwork(config, vocabulary=len(ids), outputs=size)
         weights = {
-            name: torch.from_numpy(
-                take_array(arrays, _WEIGHT + name, tuple(weight.shape), np.float16)
-            ).float()
+            name: torch.from_numpy(_weight(arrays, name, tuple(weight.shape)))
             for name, weight in bare.named_parameters()
         }
         network = PathNetwork(config, vocabulary=len(ids), outputs=size)
@@ -273,6 +278,14 @@ class RoutingPathPredictor:
             popularity=take_array(arrays, "popularity", (size,), np.float32),
             correction=correction,
         )
+
+
+def _weight(arrays: Arrays, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    if len(shape) != 2:  # noqa: PLR2004
+        return take_array(arrays, _WEIGHT + name, shape, np.float32)
+    scaled = take_array(arrays, _WEIGHT + name, shape, np.int8)
+    scale = take_array(arrays, _SCALE + name, shape[:1], np.float16)
+    return scaled.astype(np.float32) * scale[:, None].astype(np.float32)
 
 
 def _sigmoid(logits: Logits) -> Logits:
