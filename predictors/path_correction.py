@@ -54,7 +54,7 @@ def fit_correction(
         truth = labels[some]
         shifted = _shifted(base[some], truth, maps, grid)
         loss = functional.binary_cross_entropy_with_logits(shifted, truth, reduction="sum")
-        (loss / len(some) + decay * maps.square().sum()).backward()  # type: ignore[no-untyped-call]
+        (loss / len(some) + decay * maps.square().sum()).backward()
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / steps)
         optimizer.step()

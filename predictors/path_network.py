@@ -28,7 +28,8 @@ class _Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+        out: Tensor = functional.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+        return out
 
 
 class _Attention(nn.Module):
@@ -162,6 +163,7 @@ class PathNetwork(nn.Module):
         hidden = torch.where(places < lengths[:, None], 0.0, -torch.inf)[:, None, None, :]
         bias = self.encoder_bias(places[:, None] - places).permute(2, 0, 1) + hidden
         x = self.dropout(self.embedding(ids))
+        block: Any  # modules of a list have no known type
         for block in self.encoder:
             attention = block.attention
             y = block.attention_norm(x)
@@ -185,6 +187,7 @@ class PathNetwork(nn.Module):
         bias = bias + torch.where((distance >= 0) & (distance < self.config.window), 0, -torch.inf)
         embedded = self.embedding(ids)
         x = self.dropout(embedded)
+        block: Any
         for block in self.decoder:
             attention = block.attention
             y = block.attention_norm(x)
@@ -230,9 +233,10 @@ class PathNetwork(nn.Module):
         seen = (distance >= 0) & (distance < self.config.window)
         bias = bias.masked_fill(~seen[:, None], -torch.inf)
         embedded = x = self.embedding(ids)
+        block: Any
         for at, block in enumerate(self.decoder):
-            attention: Any = block.attention
-            y = block.attention_norm(x)  # type: ignore[operator]
+            attention = block.attention
+            y = block.attention_norm(x)
             keys, values = cache.keys[at], cache.values[at]
             # [B, S, H, d]: the advanced indices go first.
             keys[slots[:, None], :, columns] = attention.k(y).unflatten(-1, (attention.heads, -1))
@@ -245,7 +249,7 @@ class PathNetwork(nn.Module):
             )
             if memory is not None:
                 x = x + self._cross(block, x, *memory[at])
-            x = x + block.feed(block.feed_norm(x))  # type: ignore[operator]
+            x = x + block.feed(block.feed_norm(x))
         return self._logits(x, embedded)
 
     def _cross(self, block: Any, x: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:

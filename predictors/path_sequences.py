@@ -226,10 +226,10 @@ def token_counts(
 ) -> tuple[FloatArray, FloatArray]:
     """How often each token chose each expert `[V, G]`, and how often each layer routed it `[V, L]`.
 
-    The last row, of unknown tokens, is left out: nothing is known of them.
+    Tokens that the vocabulary does not know are left out.
     """
-    counts = np.zeros((len(vocabulary), grid.size))
-    rows = np.zeros((len(vocabulary), len(grid.layers)))
+    counts = np.zeros((len(vocabulary) + 1, grid.size))
+    rows = np.zeros((len(vocabulary) + 1, len(grid.layers)))
     for one in sequences:
         at = vocabulary.rows(one.token_ids)
         flat = one.topk_ids.astype(np.int64) + np.asarray(grid.offsets)[:, None]
@@ -237,4 +237,4 @@ def token_counts(
         where = np.broadcast_to(at[:, None, None], flat.shape)
         np.add.at(counts, (where[used], flat[used]), 1.0)
         np.add.at(rows, at, used.any(axis=2).astype(float))
-    return counts, rows
+    return counts[:-1], rows[:-1]

@@ -260,7 +260,7 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed + 7919 * self.facts["step"])
             loss = path_loss(_logits(self.network, batch), batch.topk_ids, self.grid)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -234,7 +234,7 @@ class RoutingPathPredictor:
         arrays: dict[str, NDArray[Any]] = {}
         for name, parameter in self.network.named_parameters():
             weight = parameter.detach().numpy()
-            if weight.ndim == 2:  # noqa: PLR2004
+            if weight.ndim == 2:
                 largest = np.abs(weight).max(axis=1, keepdims=True)
                 scale = np.maximum(largest / 127, 1e-7).astype(np.float16)
                 scaled = (weight / scale.astype(np.float32)).round().clip(-127, 127)
@@ -281,16 +281,19 @@ class RoutingPathPredictor:
 
 
 def _weight(arrays: Arrays, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    if len(shape) != 2:  # noqa: PLR2004
-        return take_array(arrays, _WEIGHT + name, shape, np.float32)
+    if len(shape) != 2:
+        whole: NDArray[np.float32] = take_array(arrays, _WEIGHT + name, shape, np.float32)
+        return whole
     scaled = take_array(arrays, _WEIGHT + name, shape, np.int8)
     scale = take_array(arrays, _SCALE + name, shape[:1], np.float16)
-    return scaled.astype(np.float32) * scale[:, None].astype(np.float32)
+    weight: NDArray[np.float32] = scaled.astype(np.float32) * scale[:, None].astype(np.float32)
+    return weight
 
 
 def _sigmoid(logits: Logits) -> Logits:
     # exp of a large number would warn; beyond 30 nothing is left to tell.
-    return (1.0 / (1.0 + np.exp(-logits.clip(-30, 30)))).astype(np.float32)
+    found: Logits = (1.0 / (1.0 + np.exp(-logits.clip(-30, 30)))).astype(np.float32)
+    return found
 
 
 def _padded(tensors: list[Tensor]) -> Tensor:
