@@ -133,6 +133,16 @@ def record(model: Any, read: Rows, prompts: Rows, pad: int, continued: int) -> R
     return recorder.trace
 
 
+def foreign_texts(count: int) -> dict[str, list[str]]:
+    """Kinds of text that nothing was trained on: C headers, and descriptions of packages."""
+    headers = sorted(Path(sysconfig.get_paths()["include"]).rglob("*.h"))
+    packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("*.dist-info/METADATA"))
+    return {
+        name: [path.read_text(encoding="utf-8", errors="replace") for path in paths[:count]]
+        for name, paths in (("c", headers), ("packages", packages))
+    }
+
+
 def plan(texts: Texts, amounts: Amounts, seed: int) -> dict[str, tuple[Rows, Rows]]:
     """Rows to read and prompts to go on with, for each file."""
     made: dict[str, tuple[Rows, Rows]] = {}
@@ -152,6 +162,8 @@ def plan(texts: Texts, amounts: Amounts, seed: int) -> dict[str, tuple[Rows, Row
         name = f"{domain} held_out"
         made[f"{domain}.held_out"] = (texts.windows(name, count, 400), [])
         made[f"{domain}.continued"] = ([], texts.windows(name, count, amounts.prompt))
+    for kind, written in foreign_texts(count).items():
+        made[f"{kind}.foreign"] = (texts.texts(written, 400), [])
     made["puzzles.continued"] = ([], texts.puzzles("held_out", 4 * count, 7, solved=False))
     return made
 

@@ -40,8 +40,9 @@ from peers.machine import describe_machine
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "routing_path.json"
 SAY = Console(stderr=True, highlight=False)
-PARTS = ("bundled", "cross", "ablation", "second")
-STEPS = {"cross": 250, "ablation": 150, "second": 600}
+PARTS = ("bundled", "foreign", "cross", "ablation", "second")
+STEPS = {"cross": 250, "ablation": 60}
+MINUTES = 8.0  # of training on the second model
 SEED = 0
 
 
@@ -152,6 +153,14 @@ def bundled(folder: Path, file: Path) -> dict[str, Any]:
     return result
 
 
+def foreign(folder: Path, file: Path) -> dict[str, Any]:
+    """The bundled predictor on kinds of text that it was not trained on."""
+    predictor = load_predictor(file)
+    assert isinstance(predictor, RoutingPathPredictor)
+    sets = {name: [trace] for name, trace in load(folder, "foreign").items()}
+    return {"sets": compare(predictor, list(load(folder, "train").values()), sets)}
+
+
 def cross(folder: Path) -> dict[str, Any]:
     """Predictors of one domain each, on their own and on the other domains' corpora."""
     sets = {name: [trace] for name, trace in load(folder, "corpora").items()}
@@ -208,6 +217,7 @@ def second(folder: Path) -> dict[str, Any]:
         "layers": len(train[0].layer_ids),
         "experts": train[0].experts[0],
         "top_k": train[0].top_k[0],
+        "minutes": MINUTES,
         "steps": made.trained.steps,
         "seconds": round(made.trained.seconds, 1),
         "processor_seconds": round(seconds, 1),
@@ -233,8 +243,11 @@ def main() -> None:
     for part in given.only or PARTS:
         SAY.print(f"[bold]{part}[/]")
         folder = given.routing / ("second" if part == "second" else "bundled")
+        file = given.predictor or Path(moe_runtime.bundled_predictor())
         if part == "bundled":
-            found = bundled(folder, given.predictor or Path(moe_runtime.bundled_predictor()))
+            found = bundled(folder, file)
+        elif part == "foreign":
+            found = foreign(folder, file)
         else:
             found = {"cross": cross, "ablation": ablation, "second": second}[part](folder)
         # Read again: parts may be measured side by side.

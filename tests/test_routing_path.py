@@ -18,10 +18,13 @@ from moe_runtime.predictors.path_correction import corrected, fit_correction
 from moe_runtime.predictors.path_measure import sequence_logits
 from moe_runtime.predictors.path_network import PathNetwork
 from moe_runtime.predictors.path_sequences import PathSequence, Vocabulary, sequences_of
+from moe_runtime.predictors.replay import replay
 from moe_runtime.predictors.routing_path import RoutingPathPredictor
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from transformers import AutoTokenizer
 
+import moe_runtime
 from moe_runtime.errors import ConfigError, PredictorError
 from routing_texts import EXPERTS, LAYERS, text_trace
 
@@ -373,3 +376,28 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
     ):
         with pytest.raises(PredictorError):
             RoutingPathPredictor(**{**parts, **wrong})
+
+
+def test_the_bundled_predictor_knows_the_bundled_model() -> None:
+    """A live run: what the model's routers choose is among what was forecast from token ids."""
+    path = Path(moe_runtime.bundled_predictor())
+    assert path.stat().st_size < 2_000_000
+    model = moe_runtime.from_pretrained(
+        moe_runtime.bundled_model(), expert_budget="100%", device="cpu"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(moe_runtime.bundled_model())
+    text = tokenizer("def add(first, second):\n    return first + second\n", return_tensors="pt")
+    with torch.no_grad(), moe_runtime.record(model) as recorder:
+        model.generate(text["input_ids"], max_new_tokens=24, do_sample=False)
+    trace = recorder.trace
+    predictor = load_predictor(path, fingerprint=trace.fingerprint, grid=trace.grid)
+    assert isinstance(predictor, RoutingPathPredictor)
+    assert "/" not in predictor.origin.model_id
+    recall: dict[int, list[float]] = {1: [], 2: []}
+    for one in replay(predictor, trace.decode(), lookahead=2):
+        first = np.argsort(-one.probabilities[0], kind="stable")[: 2 * 4]
+        recall[one.distance].append(np.isin(one.topk_ids[0], first).mean())
+        # A row sums to about the layer's top-k.
+        assert one.probabilities.sum() == pytest.approx(4, abs=1.5)
+    assert np.mean(recall[1]) > 0.9
+    assert np.mean(recall[2]) > 0.85
