@@ -50,7 +50,8 @@ class _Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """`[B, S, H * d]` to `[B, H, S, d]`."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return heads
 
     def mix(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """The weighted values `[B, S, D]`; `bias` is added to the scores `[B, H, S, C]`."""
