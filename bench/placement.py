@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import pydoc_data.topics
 import resource
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +34,7 @@ from moe_runtime.placement.sweep import improve, sweep
 from moe_runtime.placement.topology import Topology
 from rich.console import Console
 
+from corpora import corpora
 from moe_runtime.core import IntArray
 from moe_runtime.errors import PlanError
 from moe_runtime.trace import RoutingTrace
@@ -209,17 +208,6 @@ def bundled() -> dict[str, Any]:
         result[key] = plans_for(recorded[train_name], recorded[test_name])
         SAY.print(key, result[key])
     return result
-
-
-def corpora() -> dict[str, list[str]]:
-    """Texts that every Python installation has, and the bundled model's own puzzles."""
-    from bundled_model.puzzles import held_out
-
-    library = Path(sysconfig.get_paths()["stdlib"])
-    sources = [path.read_text(encoding="utf-8") for path in sorted(library.glob("*.py"))[:60]]
-    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    solved = [one.prompt + one.solution for one in held_out(600)]
-    return {"english": topics[:60], "python": sources, "puzzles": solved}
 
 
 def record_bundled(texts: Sequence[str], tokens: int = 400) -> RoutingTrace:

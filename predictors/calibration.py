@@ -20,7 +20,7 @@ from moe_runtime.core import FloatArray
 from moe_runtime.errors import PredictorError
 from moe_runtime.trace import RoutingTrace
 
-__all__ = ["Calibration", "fit_calibration", "log_loss", "monotone"]
+__all__ = ["Calibration", "calibration_of", "fit_calibration", "log_loss", "monotone"]
 
 KNOTS = 24
 LEAST = 1e-5  # no outcome is called impossible
@@ -80,16 +80,25 @@ def fit_calibration(predictor: Predictor, trace: RoutingTrace, reach: int) -> Ca
     Isotonic regression (pool adjacent violators) on `KNOTS` groups of about equal weight, each
     drawn a little to its own mean score so that few outcomes change little.
     """
-    layers = len(trace.layer_ids)
-    seen: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
+    parts: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
     for one in replay(predictor, trace, reach):
         hot = multi_hot(one.topk_ids, trace.experts[one.position])
         key = (one.position, one.distance)
-        seen.setdefault(key, []).append((one.probabilities.ravel(), hot.ravel()))
+        parts.setdefault(key, []).append((one.probabilities.ravel(), hot.ravel()))
+    seen = {
+        key: (np.concatenate([s for s, _ in pairs]), np.concatenate([y for _, y in pairs]))
+        for key, pairs in parts.items()
+    }
+    return calibration_of(seen, len(trace.layer_ids), reach)
+
+
+def calibration_of(
+    seen: Mapping[tuple[int, int], tuple[Probabilities, Probabilities]], layers: int, reach: int
+) -> Calibration:
+    """Of scores and outcomes, both `[n]`, by position and distance, as `fit_calibration` does."""
     x = np.tile(np.linspace(0, 1, KNOTS, dtype=np.float32), (layers, reach, 1))
     y = x.copy()
-    for (position, distance), pairs in seen.items():
-        scores, outcomes = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    for (position, distance), (scores, outcomes) in seen.items():
         x[position, distance - 1], y[position, distance - 1] = _knots(scores, outcomes)
     for position in range(layers):  # a layer is never further from the start than its place
         for distance in range(1, reach):

@@ -5,12 +5,10 @@ Knows the predictor protocol and traces; knows no command and draws nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
-from moe_runtime.predictors.base import Predictor, Probabilities, StepRows
+from moe_runtime.predictors.base import Predictor, Probabilities
 from moe_runtime.predictors.evaluation import Domain, Evaluation, Figures, PerLayer, Score, Settings
 from moe_runtime.predictors.history import multi_hot
 from moe_runtime.predictors.origin import Origin, require_held_out
@@ -21,12 +19,13 @@ from moe_runtime.predictors.replay import (
     replay,
     require_replayable,
 )
+from moe_runtime.predictors.timing import microseconds
 from moe_runtime.predictors.traces import joined
 from numpy.typing import NDArray
 
 from moe_runtime.core import FloatArray, IntArray
 from moe_runtime.errors import PredictorError
-from moe_runtime.trace import DECODE, RoutingTrace
+from moe_runtime.trace import RoutingTrace
 from moe_runtime.trace_summary import summarize
 
 __all__ = ["evaluate"]
@@ -148,7 +147,7 @@ def _measure(
     return Figures(
         predictor=name,
         domain=domain,
-        microseconds=_microseconds(predictor, trace),
+        microseconds=microseconds(predictor, trace),
         calibration_error=reliability.error(0),
         calibration_error_top=reliability.error(1),
         said=reliability.said(),
@@ -267,55 +266,3 @@ class _Reliability:
         count = self._bins[0, 0]
         means = self._bins[0, row][count > 0] / count[count > 0]
         return tuple(round(float(value), 6) for value in means)
-
-
-class _Timed:
-    """A predictor whose calls are timed; the time lies in `nanoseconds`."""
-
-    def __init__(self, inner: Predictor) -> None:
-        self._inner = inner
-        self.name, self.grid = inner.name, inner.grid
-        self.needs_token_ids, self.needs_hidden = inner.needs_token_ids, inner.needs_hidden
-        self.nanoseconds = 0
-
-    def begin_step(self, rows: StepRows) -> None:
-        began = time.perf_counter_ns()
-        self._inner.begin_step(rows)
-        self.nanoseconds += time.perf_counter_ns() - began
-
-    def observe(
-        self, position: int, topk_ids: IntArray, hidden: torch.Tensor | None = None
-    ) -> None:
-        began = time.perf_counter_ns()
-        self._inner.observe(position, topk_ids, hidden)
-        self.nanoseconds += time.perf_counter_ns() - began
-
-    def predict(self, position: int) -> Probabilities:
-        began = time.perf_counter_ns()
-        found = self._inner.predict(position)
-        self.nanoseconds += time.perf_counter_ns() - began
-        return found
-
-    def reset(self) -> None:
-        self._inner.reset()
-
-
-TIMED_CALLS = 128  # decoding calls that are timed
-WARM_CALLS = 16  # and as many before them that are not
-
-
-def _microseconds(predictor: Predictor, trace: RoutingTrace) -> float | None:
-    """Time of a token in decoding, median over calls; None without such calls."""
-    decode = put_together(trace.select(phase=DECODE), 1)
-    decode = decode[: WARM_CALLS + TIMED_CALLS]
-    if len(decode) <= WARM_CALLS:
-        return None
-    timed = _Timed(predictor)
-    marks: list[int] = []
-    last = -1
-    for one in replay(timed, decode):  # type: ignore[arg-type]  # its name is no class variable
-        if int(one.rows[0]) != last:
-            marks.append(timed.nanoseconds)
-            last = int(one.rows[0])
-    spent = np.diff([*marks, timed.nanoseconds])[WARM_CALLS:]
-    return round(float(np.median(spent)) / 1000, 1)

@@ -91,7 +91,7 @@ class PreviousTokenPredictor(FittedPredictor):
         previous = self.history.previous(position)
         had = self.rows_hot(position, previous) > 0
         guess = np.where(had, self._stay.of(position), self._fresh.of(position))
-        known = (previous >= 0).any(axis=1)[:, None]
+        known = (previous >= 0).any(axis=1, keepdims=True)
         result: NDArray[Any] = np.where(known, guess, self._popularity.of(position))
         return result
 

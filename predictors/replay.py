@@ -5,11 +5,12 @@ Knows no predictor's insides and no figure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from moe_runtime.predictors.base import Predictor, Probabilities, StepRows
 
 from moe_runtime.core import IntArray
@@ -64,17 +65,23 @@ def steps_of(trace: RoutingTrace) -> Iterator[tuple[StepRows, slice]]:
         )
 
 
-def replay(predictor: Predictor, trace: RoutingTrace, lookahead: int = 1) -> Iterator[Forecast]:
+def replay(
+    predictor: Predictor,
+    trace: RoutingTrace,
+    lookahead: int = 1,
+    hidden: Sequence[torch.Tensor] | None = None,
+) -> Iterator[Forecast]:
     """Run a predictor over a trace from a fresh start and yield all that it forecasts.
 
     A layer is forecast from each of the up to `lookahead` layers before it, as they are observed.
     Layers in which a call chose nothing did not run: they are neither forecast nor observed.
+    `hidden` are the experts' inputs, for each layer `[N, D]`, where they are known.
 
     Raises:
         PredictorError: the predictor needs hidden states, or tokens that the trace does not know,
             or gives something else than probabilities.
     """
-    require_replayable(predictor, trace)
+    require_replayable(predictor, trace, hidden is not None)
     predictor.reset()
     chosen = [chosen_experts(trace, position) for position in range(len(trace.layer_ids))]
     for rows, here in steps_of(trace):
@@ -83,7 +90,10 @@ def replay(predictor: Predictor, trace: RoutingTrace, lookahead: int = 1) -> Ite
         numbers = np.arange(here.start, here.stop)
         for place in range(-1, len(ran) - 1):
             if place >= 0:
-                predictor.observe(ran[place], chosen[ran[place]][here])
+                at = ran[place]
+                predictor.observe(
+                    at, chosen[at][here], None if hidden is None else hidden[at][here]
+                )
             for distance, position in enumerate(ran[place + 1 : place + 1 + lookahead], start=1):
                 yield Forecast(
                     position=position,
@@ -97,9 +107,11 @@ def replay(predictor: Predictor, trace: RoutingTrace, lookahead: int = 1) -> Ite
             predictor.observe(ran[-1], chosen[ran[-1]][here])
 
 
-def require_replayable(predictor: Predictor, trace: RoutingTrace) -> None:
+def require_replayable(
+    predictor: Predictor, trace: RoutingTrace, hidden_known: bool = False
+) -> None:
     """PredictorError unless a trace holds what a predictor needs."""
-    if predictor.needs_hidden:
+    if predictor.needs_hidden and not hidden_known:
         raise PredictorError(
             f"a {predictor.name} predictor needs hidden states, which traces do not hold; measure "
             "it on a live model"

@@ -28,9 +28,7 @@ __all__ = ["TokenTablePredictor"]
 
 KEPT_BYTES = 64 * 2**20  # of a run's own counts; tokens not seen for longest are forgotten
 STRENGTHS = tuple(
-    {"strength": strength, "token_strength": token}
-    for strength in (16.0, 256.0)
-    for token in (0.25, 0.5, 1.0, 2.0, 4.0)
+    {"strength": 256.0, "token_strength": token} for token in (0.25, 0.5, 1.0, 2.0, 4.0)
 )
 
 

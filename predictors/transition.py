@@ -26,20 +26,24 @@ from moe_runtime.core import IntArray
 from moe_runtime.errors import PredictorError
 from moe_runtime.trace import RoutingTrace
 
-Evidence: TypeAlias = NDArray[Any]
+Evidence: TypeAlias = list[NDArray[np.float64]]  # by distance - 1
 
-__all__ = ["PairCountPredictor", "TransitionPredictor"]
+__all__ = ["PairCountPredictor", "TransitionPredictor", "evidence_of", "weights_of"]
 
 STRENGTH = 1024.0  # what fitted popularity weighs, in tokens of the run
 BANK_ROWS = 1024  # fitted tokens that are kept as neighbours
 WEIGHT_ROWS = 512  # held-out tokens that the weights are fitted to
 SEED = 0
+KEPT = 0.1  # share of the experts not chosen that weights are fitted to
+PULL = 10.0  # of the weights towards those below
 PAIR_CHOICES: tuple[dict[str, Any], ...] = tuple(
     {"pair_strength": strength, "pair_cap": cap}
     for strength in (1.0, 4.0)
     for cap in (16.0, 1024.0)
 )
 
+# The transition predictor's trials are capped low, so that a run's own pairs soon outweigh those of
+# other text: on the two shared runs that have others this gains .001 to .006 recall at k over 1024.
 # By distance 1 to 4 the weights of `TransitionPredictor._features`: constant, popularity, chosen by
 # the token before, neighbours (log ratio to popularity), pairs (the same), neighbours, pairs.
 # Fitted to the four shared traces together (bench/prediction.py measures with the model at hand
@@ -119,7 +123,7 @@ class TransitionPredictor(PairCountPredictor):
     name: ClassVar[str] = "transition"
     kind: ClassVar[str] = "transition"
     candidates: ClassVar[tuple[dict[str, Any], ...]] = (
-        {"pair_strength": 2.0, "pair_cap": 1024.0, "weights": [list(row) for row in WEIGHTS]},
+        {"pair_strength": 2.0, "pair_cap": 16.0, "weights": [list(row) for row in WEIGHTS]},
     )
 
     def __init__(
@@ -151,7 +155,7 @@ class TransitionPredictor(PairCountPredictor):
         """Weights by logistic regression on held-out rows, drawn to `WEIGHTS`."""
         constants = cls.candidates[0]
         trial = cls.make(origin, known, constants)
-        weights = fit_weights([(trial, held[:WEIGHT_ROWS])])
+        weights = weights_of([evidence_of(trial, held[:WEIGHT_ROWS])])
         return {**constants, "weights": [[round(float(w), 5) for w in row] for row in weights]}
 
     def begin_step(self, rows: StepRows) -> None:
@@ -217,42 +221,41 @@ class TransitionPredictor(PairCountPredictor):
         )
 
 
-def fit_weights(
-    runs: Sequence[tuple[TransitionPredictor, RoutingTrace]], *, towards: bool = True
-) -> NDArray[np.float64]:
-    """Weights `[REACH, 7]` under which the experts of these runs are likeliest.
+def evidence_of(predictor: TransitionPredictor, trace: RoutingTrace) -> Evidence:
+    """What a predictor knew, and what came of it, on rows of its model that it was not made of.
+
+    Returns:
+        By distance - 1 float64 `[n, 9]`: the seven features, whether the expert was chosen, and
+        how many entries this one stands for.
+    """
+    parts: list[list[NDArray[Any]]] = [[] for _ in range(REACH)]
+    rng = np.random.default_rng(SEED)
+    for one in replay(predictor, trace, REACH):
+        if one.position < one.distance:  # at the call's beginning there are no pairs
+            continue
+        hot = predictor.rows_hot(one.position, one.topk_ids)
+        # Of the experts not chosen a tenth is kept, and stands for ten.
+        keep = (hot > 0) | (rng.random(hot.shape) < KEPT)
+        outcome = hot[keep][:, None]
+        stands_for = np.where(outcome > 0, 1.0, 1.0 / KEPT)
+        features = predictor.features(one.position)[keep]
+        parts[one.distance - 1].append(np.concatenate([features, outcome, stands_for], axis=1))
+    none = np.zeros((0, len(WEIGHTS[0]) + 2))
+    return [np.concatenate([none, *rows]).astype(np.float64) for rows in parts]
+
+
+def weights_of(runs: Sequence[Evidence], *, pull: float = PULL) -> NDArray[np.float64]:
+    """Weights `[REACH, 7]` under which what came of the evidence is likeliest, drawn to `WEIGHTS`.
 
     Args:
-        runs: predictors, each with a trace of its model that it was not made of.
-        towards: draw to `WEIGHTS`, as much as 50 chosen experts weigh; else to zero, hardly.
+        runs: of `evidence_of`, one or more.
+        pull: how strongly; about as much as so many chosen experts.
     """
-    seen: list[list[tuple[Evidence, Evidence]]] = [[] for _ in range(REACH)]
-    rng = np.random.default_rng(SEED)
-    for predictor, trace in runs:
-        parts: list[list[tuple[Evidence, Evidence]]] = [[] for _ in range(REACH)]
-        for one in replay(predictor, trace, REACH):
-            if one.position >= one.distance:  # at the call's beginning there are no pairs
-                hot = predictor.rows_hot(one.position, one.topk_ids)
-                features = predictor.features(one.position)
-                keep = (hot > 0) | (rng.random(hot.shape) < 0.1)
-                # Of the experts not chosen a tenth is kept, and stands for ten.
-                weight = np.where(hot[keep] > 0, 1.0, 10.0)
-                parts[one.distance - 1].append(
-                    (features[keep], np.stack([hot[keep], weight], axis=1))
-                )
-        for total, mine in zip(seen, parts, strict=True):
-            total.extend(mine)
-    start = np.asarray(WEIGHTS)
     result = []
-    for distance, parts_of in enumerate(seen):
-        if not parts_of:
-            result.append(start[distance])
-            continue
-        evidence = np.concatenate([one for one, _ in parts_of]).astype(np.float64)
-        outcome = np.concatenate([one for _, one in parts_of]).astype(np.float64)
-        centre = start[distance] if towards else np.zeros(len(WEIGHTS[0]))
-        pull = 10.0 if towards else 1e-3
-        result.append(fit_logistic(evidence, outcome[:, 0], outcome[:, 1], centre, pull))
+    for distance in range(REACH):
+        rows = np.concatenate([run[distance] for run in runs])
+        centre = np.asarray(WEIGHTS[distance], np.float64)
+        result.append(fit_logistic(rows[:, :-2], rows[:, -2], rows[:, -1], centre, pull))
     return np.stack(result)
 
 

@@ -59,7 +59,7 @@ eviction_learned  | selection                              | numpy
 eviction          | access eviction_learned selection      | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
-predictors.*      | trace trace_summary predictors.*       | torch numpy safetensors
+predictors.*      | trace trace_summary model_spec predictors.* | torch numpy safetensors
 cache             | access store eviction                  | torch numpy
 prefetch          | model_spec cache device store predictors.base | torch numpy
 layout            | kernels.* model_spec checkpoint        |
