@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -174,35 +174,42 @@ def cross(folder: Path) -> dict[str, Any]:
     return result
 
 
-def ablation(folder: Path) -> dict[str, Any]:
-    """Presets and parts of ours on the same rows, for the same few steps."""
-    train, held = split_traces(list(load(folder, "train").values()), 0.03, SEED)
-    known, some = sequences_of(train), sequences_of(held)
-    sets = {n: sequences_of(t) for n, t in held_out_sets(folder).items() if "corpora" in n}
-    variants: dict[str, tuple[PathConfig, float]] = {
-        "compact": (preset("compact"), 2e-3),
-        "without the table's prior": (replace(preset("compact"), prior=False), 2e-3),
-        "one layer": (replace(preset("compact"), decoder_layers=1), 2e-3),
-        "window of 32": (replace(preset("compact"), window=32), 2e-3),
+def variants() -> dict[str, tuple[PathConfig, float]]:
+    """Sizes to compare, with the learning rate of each (the paper's code has 1e-3 at most)."""
+    ours = preset("compact")
+    return {
+        "compact": (ours, 2e-3),
+        "without the table's prior": (replace(ours, prior=False), 2e-3),
+        "one layer": (replace(ours, decoder_layers=1), 2e-3),
         "expertflow": (preset("expertflow"), 1e-3),
     }
+
+
+def ablation(folder: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The paper's sizes and parts of ours on the same rows, for the same few steps."""
+    sequences = [one for t in load(folder, "train").values() for one in sequences_of([t])]
+    known, some = sequences[::8], sequences[4::300]
+    first = load(folder, "corpora")["python"]
+    sets = {n: sequences_of(t) for n, t in held_out_sets(folder).items() if "corpora" in n}
     result: dict[str, Any] = {"steps": STEPS["ablation"]}
-    for name, (config, rate) in variants.items():
+    for name, (config, rate) in variants().items():
         began = time.process_time()
         trained = train_path(
-            known, some, grid=train[0].grid, top_k=train[0].top_k, config=config,
+            known, some, grid=first.grid, top_k=first.top_k, config=config,
             options=replace(_options(STEPS["ablation"]), peak_rate=rate),
         )  # fmt: skip
-        where = (trained.vocabulary, train[0].grid, train[0].top_k)
+        spent = time.process_time() - began
+        where = (trained.vocabulary, first.grid, first.top_k)
         result[name] = {
             "peak_rate": rate,
             "weights": trained.network.size_bytes(1),
-            "processor_seconds": round(time.process_time() - began, 1),
+            "processor_seconds": round(spent, 1),
             "sets": {
                 n: shares(network_recall(trained.network, s, *where)) for n, s in sets.items()
             },
         }
         SAY.print(name, result[name])
+        keep(result)
     return result
 
 
@@ -232,6 +239,24 @@ def _options(steps: int) -> TrainOptions:
     return TrainOptions(epochs=100, steps=steps, evaluate_every=max(50, steps // 4), seed=SEED)
 
 
+def keep(path: Path, part: str, found: dict[str, Any]) -> None:
+    """Puts one part's figures among the others, which may be measured beside it."""
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    result[part] = {
+        "machine": describe_machine(),
+        "threads": 1,
+        "versions": {
+            "moe_runtime": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seed": SEED,
+        "options": asdict(TrainOptions()),
+        **found,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Measures the parts that are asked for and keeps the others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -249,23 +274,11 @@ def main() -> None:
             found = bundled(folder, file)
         elif part == "foreign":
             found = foreign(folder, file)
+        elif part == "ablation":
+            found = ablation(folder, lambda now: keep(given.out, "ablation", now))
         else:
-            found = {"cross": cross, "ablation": ablation, "second": second}[part](folder)
-        # Read again: parts may be measured side by side.
-        result = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
-        result[part] = {
-            "machine": describe_machine(),
-            "threads": 1,
-            "versions": {
-                "moe_runtime": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "seed": SEED,
-            "options": asdict(TrainOptions()),
-            **found,
-        }
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            found = {"cross": cross, "second": second}[part](folder)
+        keep(given.out, part, found)
 
 
 if __name__ == "__main__":
