@@ -1,7 +1,7 @@
 """Owns the recordings that routing-path predictors are trained and measured on.
 
 Texts that are read (teacher forced) and texts that the model goes on with, by domain. Held out are
-documents, not rows: what `placement.corpora` gives, the addresses and modules that the bundled
+documents, not rows: what `corpora.corpora` gives, the addresses and modules that the bundled
 model never saw, and prompts from them. Does not know predictors.
 
     python bench/routing_data.py --english FOLDER_OF_TXT --out bench/work/routing/bundled
@@ -27,8 +27,8 @@ import moe_runtime
 from bundled_model.data import read_english, read_python
 from bundled_model.puzzles import STANDARD, stream
 from bundled_model.tokenizer import BEGIN, END, PAD, id_of
+from corpora import corpora
 from moe_runtime.trace import RoutingTrace
-from placement import corpora  # noqa: TID251 (bench/placement.py, not the folder)
 
 DOMAINS = ("english", "python", "puzzles")
 SAY = Console(stderr=True, highlight=False)
@@ -56,7 +56,7 @@ class Texts:
         self._tokenizer = tokenizer
         self._rng = np.random.default_rng(seed)
         self.begin, self.end = id_of(tokenizer, BEGIN), id_of(tokenizer, END)
-        # `placement.corpora` is held out everywhere, so none of it may be trained on.
+        # `corpora.corpora` is held out everywhere, so none of it may be trained on.
         library = Path(sysconfig.get_paths()["stdlib"])
         reserved = {path.read_text(encoding="utf-8").strip() + "\n"
                     for path in sorted(library.glob("*.py"))[:60]}  # fmt: skip

@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_runtime.predictors import load_predictor
+from moe_runtime.predictors import Origin, load_predictor
+from moe_runtime.predictors import origin as origin_module
+from moe_runtime.predictors.origin import require_held_out
 from moe_runtime.predictors.path_config import PathConfig
 from moe_runtime.predictors.path_loss import path_loss, start_from_table
 from moe_runtime.predictors.path_network import PathNetwork
@@ -243,6 +245,17 @@ def test_sequences_are_held_out_whole_and_new() -> None:
             split_traces([TRAIN], share)
     with pytest.raises(ConfigError, match="1 sequences cannot be split"):
         split_traces([text_trace(sequences=1)], 0.5)
+
+
+def test_a_sample_of_rows_condemns_only_what_it_speaks_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(origin_module, "KEPT_ROWS", 60)
+    long, short = text_trace(sequences=2, length=400), text_trace(sequences=40, length=5, seed=3)
+    origin = Origin.of([long, short])
+    assert len(origin.fitted_on) == 60
+    with pytest.raises(PredictorError, match="would flatter it"):
+        require_held_out(origin, long)
+    require_held_out(origin, short)  # too few of each one's rows are in the sample to tell
+    require_held_out(origin, text_trace(sequences=2, length=400, seed=8))
 
 
 def test_traces_that_cannot_be_trained_on_are_refused() -> None:
