@@ -3,7 +3,7 @@
 import moe_runtime.report  # noqa: F401  first: the function below takes the package's name
 from moe_runtime.batch_run import BatchRun
 from moe_runtime.batches import generate_batches
-from moe_runtime.bundled import bundled_model
+from moe_runtime.bundled import bundled_model, bundled_predictor
 from moe_runtime.core import ExpertId
 from moe_runtime.errors import (
     AttachError,
@@ -48,6 +48,7 @@ __all__ = [
     "__version__",
     "attach",
     "bundled_model",
+    "bundled_predictor",
     "detach",
     "from_pretrained",
     "generate_batches",

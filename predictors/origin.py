@@ -23,6 +23,7 @@ __all__ = ["Hashes", "Origin", "require_held_out", "row_hashes"]
 Hashes: TypeAlias = NDArray[np.uint64]
 
 KEPT_ROWS = 65_536  # hashes that an origin keeps: the smallest, a uniform sample of the rows
+JUDGED_ROWS = 6  # of a sequence that a sample must speak of to be believed
 SEEN_SHARE = 0.5  # a sequence with more of its rows among those is not held out
 
 
@@ -135,12 +136,15 @@ def require_held_out(origin: Origin, trace: RoutingTrace, name: str = "the trace
     if not len(known) or not len(trace):
         return
     hashes = row_hashes(trace)
-    # A full sample says nothing about hashes above its greatest.
-    judged = hashes <= known[-1] if len(known) >= KEPT_ROWS else np.ones(len(hashes), np.bool_)
+    # A full sample says nothing about hashes above its greatest, and of a short sequence it may
+    # hold one row, which says nothing where beginnings are shared.
+    sampled = len(known) >= KEPT_ROWS
+    judged = hashes <= known[-1] if sampled else np.ones(len(hashes), np.bool_)
+    least = JUDGED_ROWS if sampled else 1
     seen = np.isin(hashes, known)
     for sequence in np.unique(trace.sequence_ids).tolist():
         mine = (trace.sequence_ids == sequence) & judged
-        if mine.any() and seen[mine].mean() > SEEN_SHARE:
+        if mine.sum() >= least and seen[mine].mean() > SEEN_SHARE:
             raise PredictorError(
                 f"{name}: {seen[mine].mean():.0%} of the rows of sequence {sequence} are among "
                 "those that the predictor was fitted to, so figures would flatter it; give a "

@@ -85,6 +85,10 @@ SURFACE = {
     "plan show": {"PLAN", "--out"},
     "plan compare": {"PLAN...", "--trace"},
     "report": {"RUN.json", "--out", "--trace"},
+    "train-predictor": {
+        *("TRACE...", "--out", "--preset", "--epochs", "--minutes", "--held-out", "--seed"),
+        "--resume",
+    },
 }
 EVERYWHERE = {"--json", "--debug"}
 

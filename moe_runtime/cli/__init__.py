@@ -16,6 +16,7 @@ from moe_runtime.cli.report import report
 from moe_runtime.cli.simulate import simulate
 from moe_runtime.cli.topology import topology
 from moe_runtime.cli.trace import trace
+from moe_runtime.cli.train_predictor import train_predictor
 from moe_runtime.version import __version__
 
 __all__ = ["app", "main"]
@@ -58,6 +59,7 @@ app.command("simulate")(simulate)
 app.command("export")(export)
 app.command("bake")(bake)
 app.command("topology")(topology)
+app.command("train-predictor")(train_predictor)
 app.command("evaluate-predictor")(evaluate_predictor)
 
 
