@@ -215,7 +215,13 @@ class ExpertLoader:
             self._note("hits", access)
             self._began()
             self._correct(access)
-            self._load_ahead(access.position)
+            if self.prediction is not None and self.prediction.acting:
+                # They are not computed yet: what is loaded ahead must not take their slots.
+                for expert in experts:
+                    self.cache.pin(access.position, expert)
+                    self._note("pin", access.position, expert)
+                self._load_ahead(access.position)
+                self._release(access.position, list(experts))
             self.profiler.layer_step(access, 0, 0, 0.0)
         return slots
 

@@ -17,8 +17,11 @@ import later_device
 import moe_runtime
 from forecasters import Breaks, Guess, Oracle
 from moe_runtime import prefetch_planner
+from moe_runtime.access import Access
 from moe_runtime.core import ExpertGrid
 from moe_runtime.errors import ConfigError, ExpertReadError, PredictorError
+from moe_runtime.eviction import LeastRecentlyUsed
+from moe_runtime.loader import ExpertLoader
 from running import FailAt, assert_usable, generate, load
 from test_device import assert_close
 from test_device import logits as several_logits
@@ -83,6 +86,37 @@ def test_any_guess_leaves_the_output_as_it_is(
     loads = prediction_of(model)["loads"]
     assert loads["ahead"] > 0
     assert loads["unused"] + loads["withdrawn"] > 0
+
+
+def test_what_is_about_to_be_computed_keeps_its_slot(
+    tiny_checkpoints: TinyCheckpoints,
+    prompt: torch.Tensor,
+    eager_tokens: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take, seen = ExpertLoader.take_hits, []
+
+    def watched(self: ExpertLoader, access: Access, experts: list[int]) -> list[int] | None:
+        slots = take(self, access, experts)
+        if slots is not None:
+            seen.append(slots)
+            assert self.cache.slots_of(access.position, experts) == slots
+        return slots
+
+    monkeypatch.setattr(ExpertLoader, "take_hits", watched)
+    # The most recently used leaves first: no rank protects what has just been asked for.
+    rank = LeastRecentlyUsed.rank
+    monkeypatch.setattr(LeastRecentlyUsed, "rank", lambda self, some: -rank(self, some))
+    model = load(
+        tiny_checkpoints.per_expert,
+        expert_budget="60%",
+        predictor=Guess(GRID, 6),
+        prediction_options=ACT,
+    )
+    for _ in range(2):
+        assert torch.equal(generate(model, prompt), eager_tokens)
+    assert seen
+    assert_accounted(model)
 
 
 def oracle_for(path: Path, prompt: torch.Tensor, **options: Any) -> Oracle:
