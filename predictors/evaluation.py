@@ -221,20 +221,50 @@ def _figures(data: Mapping[str, Any]) -> Figures:
 def _check(found: Evaluation) -> None:
     """Columns are as long as there are layers, and shares are shares."""
     layers = len(found.layer_ids)
+    for name in ("experts", "top_k"):
+        _require(f"field {name!r}", getattr(found, name), layers, most=None)
     domains = {one.name for one in found.domains}
+    for domain in found.domains:
+        _require(f"domain {domain.name!r}: entropy", domain.entropy, layers)
     for one in found.figures:
         where = f"figures of {one.predictor!r} on {one.domain!r}"
         if one.domain not in domains:
             raise PredictorError(f"{where}: no such domain, there are {sorted(domains)}")
         if not len(one.said) == len(one.came_true) == len(one.count):
             raise PredictorError(f"{where}: the reliability curve's columns differ in length")
+        for name in ("said", "came_true", "count"):
+            _require(f"{where}: {name}", getattr(one, name), most=None if name == "count" else 1)
+        for name in ("calibration_error", "calibration_error_top"):
+            _require(f"{where}: {name}", (getattr(one, name),))
+        _require(f"{where}: microseconds", (one.microseconds,), most=None, gaps=True)
         for score in one.scores:
-            for column in ("recall_k", "precision_k", "recall_2k", "precision_2k"):
+            for column in ("recall_k", "precision_k", "recall_2k", "precision_2k", "experts"):
+                most = None if column == "experts" else 1
                 values = getattr(score, column)
-                if len(values) != layers:
-                    raise PredictorError(
-                        f"{where}: {column} has {len(values)} entries for {layers} layers"
-                    )
-                wrong = [v for v in values if v is not None and not 0 <= v <= 1]
-                if wrong:
-                    raise PredictorError(f"{where}: {column} holds {wrong[0]}, no share")
+                _require(f"{where}: {column}", values, layers, most=most, gaps=True)
+
+
+_SLACK = 1e-5  # figures are rounded
+
+
+def _require(
+    where: str,
+    values: Any,
+    length: int | None = None,
+    *,
+    most: float | None = 1,
+    gaps: bool = False,
+) -> None:
+    """Numbers of 0 to `most`, as many as `length` says; with `gaps` some of them may be None."""
+    if not isinstance(values, tuple):
+        raise PredictorError(f"{where} is {values!r}, no list; evaluate again")
+    if length is not None and len(values) != length:
+        raise PredictorError(f"{where} has {len(values)} entries for {length} layers")
+    for value in values:
+        if value is None and gaps:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise PredictorError(f"{where} holds {value!r}, no number; evaluate again")
+        if not 0 <= value <= (math.inf if most is None else most + _SLACK) or math.isinf(value):
+            what = "no share" if most is not None else "no finite number of 0 or more"
+            raise PredictorError(f"{where} holds {value}, {what}; evaluate again")
