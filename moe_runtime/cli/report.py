@@ -1,4 +1,4 @@
-"""`moe-runtime report`: a run, plan or evaluation file as a page.
+"""`moe-runtime report`: a run, plan, evaluation or simulation file as a page.
 
 Does not know how any of them is made.
 """
@@ -17,18 +17,20 @@ from moe_runtime.cli.session import emit_json, session
 from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.recordings import read_recordings
-from moe_runtime.report import EvaluationReport, PlanReport, Report
+from moe_runtime.report import EvaluationReport, PlanReport, Report, SimulationReport
 
 __all__ = ["report"]
 
-RUN, PLAN, EVALUATION = "run", "plan", "evaluation"
-KINDS = (RUN, PLAN, EVALUATION)
+RUN, PLAN, EVALUATION, SIMULATION = "run", "plan", "evaluation", "simulation"
+KINDS = (RUN, PLAN, EVALUATION, SIMULATION)
 
 
 def report(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN.json", help="The run file, or *.plan.json, *.evaluation.json."),
+        typer.Argument(
+            metavar="RUN.json", help="The file of a run, a plan, an evaluation or a simulation."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page to write, .html.")
@@ -42,9 +44,9 @@ def report(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a run, a plan or an evaluation, or render it as one self-contained HTML page.
+    """Show a run, a plan, an evaluation or a simulation, or render it as one HTML page.
 
-    Without --out the report is printed as text.
+    The page is self-contained. Without --out the report is printed as text.
 
     Example:  [bold]moe-runtime report run.json -o report.html[/bold]
     """
@@ -52,12 +54,15 @@ def report(
         kind = _kind_of(run)
         if trace is not None and kind != PLAN:
             raise typer.BadParameter(f"--trace goes with a plan, and this is {_a(kind)} file")
-        loaded: Report | PlanReport | EvaluationReport
+        loaded: Report | PlanReport | EvaluationReport | SimulationReport
         if kind == PLAN:
             loaded = _plan_report(run, trace)
             summary = loaded.facts()
         elif kind == EVALUATION:
             loaded = EvaluationReport.load(run)
+            summary = loaded.facts()
+        elif kind == SIMULATION:
+            loaded = SimulationReport.load(run)
             summary = loaded.facts()
         else:
             loaded = Report.load(run)

@@ -7,6 +7,7 @@ from moe_runtime.report.evaluation_report import EvaluationReport
 from moe_runtime.report.plan_report import PlanReport
 from moe_runtime.report.report import Report
 from moe_runtime.report.run import RUN_FORMAT, RUN_VERSION, Counters, RunError
+from moe_runtime.report.simulation_report import SimulationReport
 from moe_runtime.report.summary import Summary
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "PlanReport",
     "Report",
     "RunError",
+    "SimulationReport",
     "Summary",
 ]
