@@ -65,7 +65,7 @@ def by_predictor(found: Evaluation) -> str:
         * 100
         for column in titles
     }
-    return _bars(found, titles, values, "{:.1f}")
+    return _bars(found, titles, values, dict.fromkeys(titles, "{:.1f}"))
 
 
 def cost(found: Evaluation) -> str:
@@ -84,7 +84,12 @@ def cost(found: Evaluation) -> str:
         )
         for field in attributes
     }
-    return _bars(found, attributes, values, "{:.3g}")
+    forms = {
+        "microseconds": "{:,.0f}",
+        "calibration_error_top": "{:.3f}",
+        "calibration_error": "{:.4f}",
+    }
+    return _bars(found, attributes, values, forms)
 
 
 def _table(found: Evaluation, value: Callable[[str, str], float | None]) -> FloatArray:
@@ -92,14 +97,14 @@ def _table(found: Evaluation, value: Callable[[str, str], float | None]) -> Floa
     rows = [
         [value(name, domain.name) for name in facts.predictors(found)] for domain in found.domains
     ]
-    return np.array(rows, np.float64).reshape(len(found.domains), -1)
+    return np.array(rows, np.float64).reshape(len(found.domains), len(facts.predictors(found)))
 
 
 def _bars(
     found: Evaluation,
     titles: Mapping[str, str],
     values: Mapping[str, FloatArray],
-    form: str,
+    forms: Mapping[str, str],
 ) -> str:
     """A panel for each of `titles` that has a number; predictors below each other."""
     panels = [name for name in titles if np.isfinite(values[name]).any()]
@@ -122,7 +127,7 @@ def _bars(
                     at, np.nan_to_num(row), height * 0.86, label=domain.name, linewidth=0.8, **look
                 )
                 for place, one in zip(at, row, strict=True):
-                    text = form.format(one) if np.isfinite(one) else NONE
+                    text = forms[name].format(one) if np.isfinite(one) else NONE
                     start = (one if np.isfinite(one) else 0.0) + 0.02 * most
                     axes.text(start, float(place), text, va="center", color=TEXT, fontsize=9)
             axes.set_xlim(0, most * 1.3)
@@ -230,10 +235,16 @@ def by_ahead(found: Evaluation) -> str:
 
 def by_batch(found: Evaluation) -> str:
     """Recall and precision at k by batch size in the first domain, beside knowing nothing."""
-    sizes, names = facts.batch_sizes(found), facts.predictors(found)[:DRAWN_PREDICTORS]
-    if len(sizes) < 2 or not found.domains:
+    names = facts.predictors(found)[:DRAWN_PREDICTORS]
+    domain = found.domains[0].name if found.domains else ""
+    sizes = [
+        size
+        for size in facts.batch_sizes(found)
+        if any(facts.score_of(found, name, domain, batch_size=size) for name in names)
+    ]
+    if len(sizes) < 2:
         return ""
-    domain, places = found.domains[0].name, range(len(sizes))
+    places = range(len(sizes))
 
     def scores(name: str) -> list[Score | None]:
         return [facts.score_of(found, name, domain, batch_size=size) for size in sizes]

@@ -58,7 +58,9 @@ def bytes_and_speed(found: Simulated) -> str:
         for place, one in enumerate(rows):
             look = {"linewidth": 0.8, **_ROLES[one.role][1]}
             left.barh(place, (one.read - one.wasted) / scale, 0.66, **look)
-            left.barh(place, one.wasted / scale, 0.66, (one.read - one.wasted) / scale, **_wasted())
+            if one.wasted:
+                useful = (one.read - one.wasted) / scale
+                left.barh(place, one.wasted / scale, 0.66, useful, **_wasted())
             right.barh(place, one.tokens_per_second, 0.66, **look)
         _values(left, [one.read / scale for one in rows], [_read(one) for one in rows])
         speeds = [
@@ -90,8 +92,10 @@ def _read(one: Any) -> str:
 def _values(axes: Axes, values: list[float], texts: list[str]) -> None:
     """Numbers at the ends of the bars, and room for them."""
     most = max(values) or 1.0
+    behind = {"facecolor": PAGE, "edgecolor": "none", "pad": 1}  # no line goes through a number
+    words: dict[str, Any] = {"va": "center", "color": TEXT, "fontsize": 10, "bbox": behind}
     for place, (value, text) in enumerate(zip(values, texts, strict=True)):
-        axes.text(value + 0.015 * most, place, text, va="center", color=TEXT, fontsize=10)
+        axes.text(value + 0.015 * most, place, text, **words)
     axes.set_xlim(0, most * 1.42)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
@@ -124,8 +128,9 @@ def outcomes(found: Simulated) -> str:
         foot = np.zeros(len(rows))
         for name, label in FATES.items():
             width = 100 * np.array([getattr(one, name) for one in rows]) / uses
-            look = OUTCOMES[name]
-            axes.barh(range(len(rows)), width, 0.66, foot, label=label, linewidth=0.8, **look)
+            some = np.flatnonzero(width) if width.any() else np.arange(1)  # or its name is lost
+            look = {"label": label, "linewidth": 0.8, **OUTCOMES[name]}
+            axes.barh(some, width[some], 0.66, foot[some], **look)
             foot += width
         axes.set_yticks(range(len(rows)), [one.title for one in rows])
         axes.invert_yaxis()

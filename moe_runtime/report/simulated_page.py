@@ -46,7 +46,9 @@ def render_simulated(found: Simulated) -> str:
             for one in words.ranked(found)
         ],
         summaries=[
-            (one.title, _what(one)) for one in words.ranked(found) if one.summary or one.predictor
+            (one.title, _what(one, tried=found.setting.get("trial") is True))
+            for one in words.ranked(found)
+            if one.summary or one.predictor
         ],
         left_out=found.left_out,
         tables=_tables(found),
@@ -57,7 +59,7 @@ def _tiles(found: Simulated) -> list[Tile]:
     tiles = []
     one = words.best(found)
     for label, rows in (
-        ("Best of those that can be had", [] if one is None else [one]),
+        ("This runtime's own, fastest", [] if one is None or one.role != "ours" else [one]),
         ("Plain LRU", found.of("lru")),
         ("Best that knows the run", found.of("oracle")),
         ("Belady's bound on demand", found.of("bound")),
@@ -88,11 +90,11 @@ def _tiles(found: Simulated) -> list[Tile]:
     ]
 
 
-def _what(one: Contender) -> str:
+def _what(one: Contender, *, tried: bool) -> str:
     parts = [one.summary or f"policy {one.policy}"]
     if one.predictor is not None:
         parts.append(f"forecasts took {duration(one.predictor_seconds)} in all")
-        parts += [f"its trial ended in state {one.state}"] if one.state else []
+        parts += [f"its trial ended in state {one.state}"] if one.state and tried else []
     return "; ".join(parts)
 
 
