@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DRAWN_DOMAINS",
     "DRAWN_PREDICTORS",
+    "LEAST_IN_BIN",
     "by_ahead",
     "by_batch",
     "by_layer",
@@ -43,6 +44,7 @@ __all__ = [
     "reliability",
 ]
 
+LEAST_IN_BIN = 20  # forecasts that a point of the reliability curve stands for
 DRAWN_PREDICTORS, DRAWN_DOMAINS = len(LINES), 3  # curves in a panel, panels beside each other
 _BARS: tuple[dict[str, Any], ...] = (
     {"facecolor": ACCENT},
@@ -54,50 +56,40 @@ _BARS: tuple[dict[str, Any], ...] = (
 
 def by_predictor(found: Evaluation) -> str:
     """Recall and precision at k and 2k: a panel each, a bar for each predictor and domain."""
-    titles = {column: f"{title}, %" for column, title in facts.COLUMNS.items()}
-    values = {
-        column: _table(
-            found,
-            lambda name, domain, column=column: facts.mean_of(
-                facts.score_of(found, name, domain), column
-            ),
-        )
-        * 100
-        for column in titles
-    }
-    return _bars(found, titles, values, dict.fromkeys(titles, "{:.1f}"))
+    return _bars(
+        found,
+        {column: f"{title}, %" for column, title in facts.COLUMNS.items()},
+        {column: 100 * _means(found, column) for column in facts.COLUMNS},
+        dict.fromkeys(facts.COLUMNS, "{:.1f}"),
+    )
 
 
 def cost(found: Evaluation) -> str:
     """Microseconds a token of each predictor, and its calibration error."""
-    attributes = {
+    titles = {
         "microseconds": "µs a token, all layers",
         "calibration_error_top": "calibration error, 2k likeliest",
         "calibration_error": "calibration error, all experts",
     }
-    values = {
-        field: _table(
-            found,
-            lambda name, domain, field=field: getattr(
-                facts.figures_of(found, name, domain), field, None
-            ),
-        )
-        for field in attributes
-    }
-    forms = {
-        "microseconds": "{:,.0f}",
-        "calibration_error_top": "{:.3f}",
-        "calibration_error": "{:.4f}",
-    }
-    return _bars(found, attributes, values, forms)
+    forms = dict(zip(titles, ("{:,.0f}", "{:.3f}", "{:.4f}"), strict=True))
+    values, names = {}, facts.predictors(found)
+    for field in titles:
+        table = [
+            [getattr(facts.figures_of(found, name, domain.name), field, None) for name in names]
+            for domain in found.domains
+        ]
+        values[field] = np.array(table, np.float64)
+    return _bars(found, titles, values, forms)
 
 
-def _table(found: Evaluation, value: Callable[[str, str], float | None]) -> FloatArray:
+def _means(found: Evaluation, column: str) -> FloatArray:
     """float64 `[domains, predictors]`; NaN where there is nothing."""
+    names = facts.predictors(found)
     rows = [
-        [value(name, domain.name) for name in facts.predictors(found)] for domain in found.domains
+        [facts.mean_of(facts.score_of(found, name, domain.name), column) for name in names]
+        for domain in found.domains
     ]
-    return np.array(rows, np.float64).reshape(len(found.domains), len(facts.predictors(found)))
+    return np.array(rows, np.float64)
 
 
 def _bars(
@@ -276,9 +268,12 @@ def reliability(found: Evaluation) -> str:
         if one is None or not one.said:
             return
         colour, line, marker = LINES[number % len(LINES)]
-        said, true = _hundred(one.said), _hundred(one.came_true)
+        kept = np.array(one.count) >= LEAST_IN_BIN
+        if not kept.any():
+            return
+        said, true = _hundred(one.said)[kept], _hundred(one.came_true)[kept]
         # The root shows bins of few forecasts beside that of all the unlikely experts.
-        sizes = 5 + 45 * np.sqrt(np.array(one.count, np.float64) / max(one.count))
+        sizes = 5 + 45 * np.sqrt(np.array(one.count, np.float64)[kept] / max(one.count))
         axes.plot(said, true, color=colour, linestyle=line, linewidth=1.0)
         axes.scatter(said, true, sizes, color=colour, marker=marker, linewidths=0, label=name)
 

@@ -89,7 +89,7 @@ def _curves(found: Evaluation) -> list[Figure]:
         Figure(
             title="Reliability",
             note="share that came true, by the probability that was forecast; grey: perfectly "
-            f"calibrated; larger: more forecasts{more}",
+            f"calibrated; larger: more forecasts, {figures.LEAST_IN_BIN} at least{more}",
             svg=figures.reliability(found),
         ),
     )

@@ -71,12 +71,11 @@ def bytes_and_speed(found: Simulated) -> str:
         left.invert_yaxis()
         left.set_xlabel(f"{unit} read; times Belady's bound")
         right.set_xlabel("tokens/s predicted; times plain LRU's")
-        for role, axes, value in (
-            ("bound", left, lambda one: one.read / scale),
-            ("lru", right, lambda one: one.tokens_per_second),
-        ):
-            for one in found.of(role)[:1]:
-                axes.axvline(value(one), color=_ROLES[role][1]["facecolor"], lw=1, ls="--")
+        dashed: dict[str, Any] = {"linewidth": 1, "linestyle": "--"}
+        for one in found.of("bound")[:1]:
+            left.axvline(one.read / scale, color=SECOND, **dashed)
+        for one in found.of("lru")[:1]:
+            right.axvline(one.tokens_per_second, color=TEXT, **dashed)
         _name_roles(drawing.figure, {one.role for one in rows}, any(one.wasted for one in rows))
     return drawing.svg
 
