@@ -168,7 +168,7 @@ class Evaluation:
             plain["settings"] = _made(Settings, data["settings"])
             plain["domains"] = tuple(_made(Domain, one) for one in data["domains"])
             plain["figures"] = tuple(_figures(one) for one in data["figures"])
-            found = cls(**plain)
+            found = _typed(cls, plain)
         except (KeyError, TypeError, AttributeError) as error:
             raise PredictorError(
                 f"the evaluation is damaged ({type(error).__name__}: {error}); evaluate again"
@@ -209,32 +209,69 @@ def _frozen(value: Any) -> Any:
 
 
 def _made(kind: type[_T], data: Mapping[str, Any]) -> _T:
-    return kind(**{name: _frozen(data[name]) for name in _names(kind)})
+    return _typed(kind, {name: _frozen(data[name]) for name in _names(kind)})
+
+
+def _typed(kind: type[_T], plain: Mapping[str, Any]) -> _T:
+    """The value of these fields, if each is what its annotation says."""
+    for one in fields(kind):  # type: ignore[arg-type]
+        if not _fits(str(one.type), plain[one.name]):
+            raise PredictorError(
+                f"field {one.name!r} of the {kind.__name__.lower()} is {plain[one.name]!r}, not "
+                f"{one.type} of 0 or more; evaluate again"
+            )
+    return kind(**plain)
+
+
+def _fits(kind: str, value: Any) -> bool:
+    """Whether a value has the annotated type; numbers are finite and not negative here."""
+    kind = "tuple[float | None, ...]" if kind == "PerLayer" else kind
+    if kind.startswith("tuple["):
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return isinstance(value, tuple) and all(_fits(inner, item) for item in value)
+    if kind.endswith(" | None") and value is None:
+        return True
+    if kind.removesuffix(" | None") in {"int", "float"}:
+        numbers = int if kind == "int" else int | float
+        known = isinstance(value, numbers) and not isinstance(value, bool)
+        return known and math.isfinite(value) and value >= 0
+    return isinstance(value, {"str": str, "bool": bool}.get(kind, object))
 
 
 def _figures(data: Mapping[str, Any]) -> Figures:
     scores = tuple(_made(Score, one) for one in data["scores"])
     plain = {name: _frozen(data[name]) for name in _names(Figures) if name != "scores"}
-    return Figures(**plain, scores=scores)
+    return _typed(Figures, {**plain, "scores": scores})
 
 
 def _check(found: Evaluation) -> None:
     """Columns are as long as there are layers, and shares are shares."""
     layers = len(found.layer_ids)
+    for name in ("experts", "top_k"):
+        _require(f"field {name!r}", getattr(found, name), layers, shares=False)
     domains = {one.name for one in found.domains}
+    for domain in found.domains:
+        _require(f"domain {domain.name!r}: entropy", domain.entropy, layers)
     for one in found.figures:
         where = f"figures of {one.predictor!r} on {one.domain!r}"
         if one.domain not in domains:
             raise PredictorError(f"{where}: no such domain, there are {sorted(domains)}")
         if not len(one.said) == len(one.came_true) == len(one.count):
             raise PredictorError(f"{where}: the reliability curve's columns differ in length")
+        for name in ("said", "came_true"):
+            _require(f"{where}: {name}", getattr(one, name), len(one.count))
         for score in one.scores:
             for column in ("recall_k", "precision_k", "recall_2k", "precision_2k"):
-                values = getattr(score, column)
-                if len(values) != layers:
-                    raise PredictorError(
-                        f"{where}: {column} has {len(values)} entries for {layers} layers"
-                    )
-                wrong = [v for v in values if v is not None and not 0 <= v <= 1]
-                if wrong:
-                    raise PredictorError(f"{where}: {column} holds {wrong[0]}, no share")
+                _require(f"{where}: {column}", getattr(score, column), layers)
+            _require(f"{where}: experts", score.experts, layers, shares=False)
+
+
+_SLACK = 1e-5  # figures are rounded
+
+
+def _require(where: str, values: PerLayer, length: int, *, shares: bool = True) -> None:
+    if len(values) != length:
+        raise PredictorError(f"{where} has {len(values)} entries for {length} layers")
+    for value in values:
+        if shares and value is not None and value > 1 + _SLACK:
+            raise PredictorError(f"{where} holds {value}, no share; evaluate again")

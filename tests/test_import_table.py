@@ -63,6 +63,7 @@ eviction_predicted | eviction_learned selection            | numpy
 eviction          | access eviction_learned eviction_predicted selection | numpy
 simulate          | access eviction                        | numpy
 predictors.base   | trace                                  | torch numpy
+predictors.evaluation |                                    |
 predictors.*      | trace trace_summary model_spec predictors.* | torch numpy safetensors
 cache             | access store eviction                  | torch numpy
 prefetch          | model_spec cache device store          | torch numpy
@@ -105,7 +106,7 @@ placement.bake*   | version memory model_spec loading checkpoint safetensors_ind
                     placement.bake*                        | numpy torch transformers
 placement.*       | trace routing_counts placement.*       | numpy scipy
 pinning           | placement.plan model_spec cache executor | numpy
-report.*          | profiler placement.plan report.*       | numpy jinja2 matplotlib
+report.*          | profiler placement.plan predictors.evaluation report.* | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 token_choice      |                                        | torch
 prompt_state      | token_choice                           | torch

@@ -1,6 +1,6 @@
-"""`moe-runtime report`: a run file or a plan file as a page.
+"""`moe-runtime report`: a run, plan, evaluation or simulation file as a page.
 
-Does not know how either is made.
+Does not know how any of them is made.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from moe_runtime.cli.session import emit_json, session
 from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.recordings import read_recordings
-from moe_runtime.report import PlanReport, Report
+from moe_runtime.report import EvaluationReport, PlanReport, Report, SimulationReport
 
 __all__ = ["report"]
+
+RUN, PLAN, EVALUATION, SIMULATION = "run", "plan", "evaluation", "simulation"
+KINDS = (RUN, PLAN, EVALUATION, SIMULATION)
 
 
 def report(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN.json", help="The run file, or a plan: *.plan.json.")
+        Path,
+        typer.Argument(
+            metavar="RUN.json", help="The file of a run, a plan, an evaluation or a simulation."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page to write, .html.")
@@ -38,19 +44,26 @@ def report(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a run file or a plan, or render it as one self-contained HTML page.
+    """Show a run, a plan, an evaluation or a simulation, or render it as one HTML page.
 
-    Without --out the report is printed as text.
+    The page is self-contained. Without --out the report is printed as text.
 
     Example:  [bold]moe-runtime report run.json -o report.html[/bold]
     """
     with session(as_json=as_json, debug=debug):
-        loaded: Report | PlanReport
-        if _is_plan(run):
+        kind = _kind_of(run)
+        if trace is not None and kind != PLAN:
+            raise typer.BadParameter(f"--trace goes with a plan, and this is {_a(kind)} file")
+        loaded: Report | PlanReport | EvaluationReport | SimulationReport
+        if kind == PLAN:
             loaded = _plan_report(run, trace)
             summary = loaded.facts()
-        elif trace is not None:
-            raise typer.BadParameter("--trace goes with a plan, and this is a run file")
+        elif kind == EVALUATION:
+            loaded = EvaluationReport.load(run)
+            summary = loaded.facts()
+        elif kind == SIMULATION:
+            loaded = SimulationReport.load(run)
+            summary = loaded.facts()
         else:
             loaded = Report.load(run)
             summary = loaded.summary.to_dict() | {"prediction": loaded.prediction}
@@ -69,13 +82,18 @@ def report(
             typer.echo(str(loaded))
 
 
-def _is_plan(path: Path) -> bool:
-    """Whether a file says that it is a plan; whatever is damaged is left to the readers."""
+def _kind_of(path: Path) -> str:
+    """What a file says that it is; whatever is damaged is left to the readers, by its name."""
     try:
         data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError, RecursionError):
-        return path.name.endswith(".plan.json")
-    return isinstance(data, dict) and data.get("format") == "moe-runtime.plan"
+        return next((kind for kind in KINDS if path.name.endswith(f".{kind}.json")), RUN)
+    said = data.get("format") if isinstance(data, dict) else None
+    return next((kind for kind in KINDS if said == f"moe-runtime.{kind}"), RUN)
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def _plan_report(path: Path, trace: Path | None) -> PlanReport:

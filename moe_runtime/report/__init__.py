@@ -3,17 +3,21 @@
 Does not know models, caches or the runtime: a report is made from a run's plain data only.
 """
 
+from moe_runtime.report.evaluation_report import EvaluationReport
 from moe_runtime.report.plan_report import PlanReport
 from moe_runtime.report.report import Report
 from moe_runtime.report.run import RUN_FORMAT, RUN_VERSION, Counters, RunError
+from moe_runtime.report.simulation_report import SimulationReport
 from moe_runtime.report.summary import Summary
 
 __all__ = [
     "RUN_FORMAT",
     "RUN_VERSION",
     "Counters",
+    "EvaluationReport",
     "PlanReport",
     "Report",
     "RunError",
+    "SimulationReport",
     "Summary",
 ]

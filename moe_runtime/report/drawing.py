@@ -24,7 +24,9 @@ __all__ = [
     "ACCENT",
     "FULL",
     "HALF",
+    "LINES",
     "MUTED",
+    "OUTCOMES",
     "PAGE",
     "RULE",
     "SECOND",
@@ -51,6 +53,18 @@ _INK = {
 TEXT, MUTED, RULE, ACCENT, SECOND, PAGE = _INK
 _HEAT = (0.16, 0.45, 0.74)  # the accent, as pixels; the share is its opacity
 HALF, FULL = (440, 210), (920, 300)
+# Curves: colour, line and marker. Bars of what became of an expert that was needed: colour and
+# hatching, so that the parts are told apart in black and white too.
+LINES: tuple[tuple[str, str, str], ...] = (
+    *((ACCENT, "-", "o"), (SECOND, "--", "s"), (TEXT, "-.", "^"), (MUTED, ":", "D")),
+    *((ACCENT, ":", "v"), (SECOND, "-", "P")),
+)
+OUTCOMES: dict[str, dict[str, Any]] = {
+    "resident": {"facecolor": ACCENT},
+    "in_time": {"facecolor": PAGE, "edgecolor": ACCENT, "hatch": "////"},
+    "late": {"facecolor": PAGE, "edgecolor": SECOND, "hatch": "...."},
+    "missed": {"facecolor": PAGE, "edgecolor": TEXT},
+}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moe-runtime",

@@ -6,17 +6,16 @@ Does not know the page around them. Every function gives "" where there is nothi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_runtime.report.drawing import (
     ACCENT,
     FULL,
+    LINES,
     MUTED,
-    PAGE,
-    SECOND,
-    TEXT,
+    OUTCOMES,
     add_legend,
     drawing_of,
 )
@@ -28,15 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["bytes_and_misses", "outcomes_by_layer", "recall_by_layer"]
-
-# Colour and hatching, so that the parts are told apart in black and white too.
-_LOOK: dict[str, dict[str, Any]] = {
-    "resident": {"facecolor": ACCENT},
-    "in_time": {"facecolor": PAGE, "edgecolor": ACCENT, "hatch": "////"},
-    "late": {"facecolor": PAGE, "edgecolor": SECOND, "hatch": "...."},
-    "missed": {"facecolor": PAGE, "edgecolor": TEXT},
-}
-_LINES = ((ACCENT, "-", "o"), (SECOND, "--", "s"), (TEXT, "-.", "^"), (MUTED, ":", "D"))
 
 
 def _layer_axis(axes: Axes, layers: Sequence[int]) -> None:
@@ -63,7 +53,7 @@ def outcomes_by_layer(found: Predicted) -> str:
         for name, label in FATES.items():
             height = 100 * np.array([getattr(layer, name) for layer in layers]) / uses
             axes.bar(
-                range(len(layers)), height, 0.7, foot, label=label, linewidth=0.8, **_LOOK[name]
+                range(len(layers)), height, 0.7, foot, label=label, linewidth=0.8, **OUTCOMES[name]
             )
             foot += height
         add_legend(drawing, axes)
@@ -85,7 +75,7 @@ def recall_by_layer(found: Predicted) -> str:
         for ahead, row in enumerate(values):
             if np.isnan(row).all():
                 continue
-            colour, line, marker = _LINES[ahead % len(_LINES)]
+            colour, line, marker = LINES[ahead % len(LINES)]
             axes.plot(
                 range(len(row)),
                 row,
@@ -128,7 +118,7 @@ def bytes_and_misses(run: Run, found: Predicted) -> str:
         useful = [(row[1] - min(row[2], row[1])) / scale for row in rows]
         wasted = [min(row[2], row[1]) / scale for row in rows]
         left.barh(places, useful, 0.6, color=ACCENT, label="experts loaded")
-        look = {"label": "of them never used", "linewidth": 0.8, **_LOOK["late"]}
+        look = {"label": "of them never used", "linewidth": 0.8, **OUTCOMES["late"]}
         left.barh([0], wasted[:1], 0.6, useful[:1], **look)
         right.barh(places, [row[3] for row in rows], 0.6, color=MUTED)
         left.set_yticks(places, [row[0] for row in rows])
