@@ -30,6 +30,7 @@ from moe_runtime.cli.options import (
     VariantOption,
     hub_options,
     outcome_place,
+    tokenizer_options,
 )
 from moe_runtime.cli.session import emit_json, quiet_libraries, session
 from moe_runtime.corpus import read_corpus
@@ -247,9 +248,7 @@ def _generate(
     import moe_runtime
 
     quiet_libraries(debug=debug)
-    tokenizer = AutoTokenizer.from_pretrained(
-        path, **{name: value for name, value in hub.items() if name not in {"dtype", "variant"}}
-    )
+    tokenizer = AutoTokenizer.from_pretrained(path, **tokenizer_options(hub))
     model = moe_runtime.from_pretrained(path, **runtime, **hub)
     inputs = _encode(tokenizer, prompt, chat=chat).to(model.device)
     torch.manual_seed(seed)

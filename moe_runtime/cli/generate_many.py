@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moe_runtime.cli.options import tokenizer_options
 from moe_runtime.cli.session import emit_json, to_stderr
 from moe_runtime.core import format_bytes
 from moe_runtime.errors import ConfigError
@@ -144,9 +145,7 @@ def generate_many(
 
     if not documents:
         raise ConfigError("no prompts in the file: it is empty or blank; give some text")
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path, **{k: v for k, v in hub.items() if k not in {"dtype", "variant"}}
-    )
+    tokenizer = AutoTokenizer.from_pretrained(model_path, **tokenizer_options(hub))
     prompts = [_token_ids(tokenizer, text, chat=options.chat) for text in documents]
     empty = next((at for at, ids in enumerate(prompts) if not ids), None)
     if empty is not None:

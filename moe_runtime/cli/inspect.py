@@ -22,6 +22,7 @@ from moe_runtime.cli.options import (
     SubfolderOption,
     VariantOption,
     hub_options,
+    tokenizer_options,
 )
 from moe_runtime.cli.session import emit_json, quiet_libraries, session
 from moe_runtime.core import format_bytes
@@ -76,7 +77,7 @@ def _facts(path: str, hub: dict[str, Any], budget: str, threads: int) -> dict[st
     from moe_runtime.layout import largest_whole_row
 
     spec, experts = moe_runtime.inspect_checkpoint(path, **hub)
-    named = {name: value for name, value in hub.items() if name not in {"dtype", "variant"}}
+    named = tokenizer_options(hub)
     config = AutoConfig.from_pretrained(path, **named)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     floor = largest_whole_row(spec, experts, by_rows=False)

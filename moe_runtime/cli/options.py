@@ -31,6 +31,7 @@ __all__ = [
     "checked_budget",
     "hub_options",
     "outcome_place",
+    "tokenizer_options",
 ]
 
 
@@ -123,6 +124,11 @@ def hub_options(
         "local_files_only": local_files_only,
     }
     return {name: value for name, value in given.items() if value}
+
+
+def tokenizer_options(hub: dict[str, Any]) -> dict[str, Any]:
+    """Those of `hub_options` that are not of weights."""
+    return {name: value for name, value in hub.items() if name not in {"dtype", "variant"}}
 
 
 def outcome_place(path: Path) -> Path:

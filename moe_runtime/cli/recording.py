@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moe_runtime.cli.options import tokenizer_options
 from moe_runtime.errors import ConfigError, TraceError
 
 __all__ = ["Recorded", "record_documents"]
@@ -59,9 +60,7 @@ def record_documents(
         raise ConfigError("no prompts in the data: it is empty or blank; give some text")
     if out.exists():  # said again by the writer, but before the model is loaded
         raise TraceError(f"{out}: exists already; move it away or name another file")
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path, **{k: v for k, v in hub.items() if k not in {"dtype", "variant"}}
-    )
+    tokenizer = AutoTokenizer.from_pretrained(model_path, **tokenizer_options(hub))
     _prepare(tokenizer, batched=batch_size > 1)
     model = moe_runtime.from_pretrained(model_path, **runtime, **hub)
     stops = _stop_tokens(model)

@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.errors import ConfigError
-from moe_runtime.files import write_text
 from moe_runtime.report import evaluation_facts as facts
+from moe_runtime.report.layout import save_as
 from moe_runtime.report.summary import NONE, count, percent
 
 if TYPE_CHECKING:
@@ -56,12 +55,9 @@ class EvaluationReport:
         Raises:
             ConfigError: another ending.
         """
-        target = Path(path)
-        if target.suffix == ".html":
-            return write_text(target, self.to_html())
-        if target.suffix == ".json":
-            return write_text(target, json.dumps(self.facts(), indent=1, allow_nan=False) + "\n")
-        raise ConfigError(f"{target}: a report is saved as .html or .json; choose such a name")
+        return save_as(
+            path, self.to_html, lambda: json.dumps(self.facts(), indent=1, allow_nan=False) + "\n"
+        )
 
     def __str__(self) -> str:
         found = self.evaluation

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.core import FloatArray
-from moe_runtime.errors import ConfigError, PlanError
-from moe_runtime.files import write_text
+from moe_runtime.errors import PlanError
 from moe_runtime.placement.plan import Plan
 from moe_runtime.report import plan_facts as facts
+from moe_runtime.report.layout import save_as
 from moe_runtime.report.summary import size
 
 __all__ = ["PlanReport"]
@@ -90,12 +90,7 @@ class PlanReport:
         Raises:
             ConfigError: another ending.
         """
-        target = Path(path)
-        if target.suffix == ".html":
-            return write_text(target, self.to_html())
-        if target.suffix == ".json":
-            return write_text(target, json.dumps(self.facts(), indent=1) + "\n")
-        raise ConfigError(f"{target}: a report is saved as .html or .json; choose such a name")
+        return save_as(path, self.to_html, lambda: json.dumps(self.facts(), indent=1) + "\n")
 
     def __str__(self) -> str:
         plan = self.plan

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.errors import ConfigError
-from moe_runtime.files import write_text
 from moe_runtime.report import simulated_words as words
+from moe_runtime.report.layout import save_as
 from moe_runtime.report.simulated import Simulated, read_simulated
 
 __all__ = ["SimulationReport"]
@@ -55,12 +54,9 @@ class SimulationReport:
         Raises:
             ConfigError: another ending.
         """
-        target = Path(path)
-        if target.suffix == ".html":
-            return write_text(target, self.to_html())
-        if target.suffix == ".json":
-            return write_text(target, json.dumps(self.facts(), indent=1, allow_nan=False) + "\n")
-        raise ConfigError(f"{target}: a report is saved as .html or .json; choose such a name")
+        return save_as(
+            path, self.to_html, lambda: json.dumps(self.facts(), indent=1, allow_nan=False) + "\n"
+        )
 
     def __str__(self) -> str:
         rows = words.ranked(self._found)
