@@ -97,7 +97,8 @@ saving            | model_spec safetensors_index checkpoint paged | torch
 run_record        | version access budget cache config eviction memory model_spec profiler \
                     simulate                               | numpy torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
-steering          | trace model_spec                       | torch numpy
+steering.values   |                                        |
+steering.*        | trace model_spec interface steps steering.* | torch numpy transformers
 placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
 placement.ilp*    | trace placement.*                      | numpy pulp
