@@ -98,7 +98,7 @@ def in_sum(name: str, rounds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
@@ -107,7 +107,7 @@ def main() -> None:
     prompts = [puzzle.prompt for puzzle in held_out(options.prompts, seed=3)]
     table: dict[str, Any] = {}
     for setting, (batch, budget) in SETTINGS.items():
-        some = prompts[: max(6, 2 * batch)]
+        some = prompts[: max(8, 6 * batch)]
         rounds = []
         for round_ in range(options.rounds):
             order = list(variants().items())

@@ -158,7 +158,7 @@ class ExpertLoader:
         if prediction is None:
             return
         payoff = prediction.payoff
-        following, prediction.decode = payoff.following, decode
+        following, prediction.decode = payoff.follows(decode=decode), decode
         if prediction.following and not following:
             prediction.forecaster.forget()
             prediction.planner.stop()
@@ -166,7 +166,7 @@ class ExpertLoader:
         elif following and not prediction.following:
             prediction.forecaster.forget()
         prediction.following = following
-        prediction.acting = payoff.acting if decode else following
+        prediction.acting = payoff.acts(decode=decode)
         if not following:
             return
         prediction.seconds_before = prediction.forecaster.seconds
@@ -185,9 +185,11 @@ class ExpertLoader:
             return
         if prediction.forecaster.failure and prediction.payoff.state != "plain":
             prediction.payoff.fail(f"the predictor failed: {prediction.forecaster.failure}")
-        elif prediction.decode:
-            spent = prediction.forecaster.seconds - prediction.seconds_before
-            prediction.payoff.end_step(seconds, spent if prediction.following else 0.0)
+        else:
+            payoff, spent = prediction.payoff, None
+            if prediction.following:
+                spent = prediction.forecaster.seconds - prediction.seconds_before
+            (payoff.end_step if prediction.decode else payoff.end_prefill)(seconds, spent)
 
     def observe(self, position: int, topk_ids: IntArray, hidden: torch.Tensor | None) -> None:
         """A layer's router has chosen; before its experts are asked for."""

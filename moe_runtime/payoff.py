@@ -1,14 +1,16 @@
 """`Payoff`: finds out while a model runs whether acting on predictions makes it faster.
 
-Knows seconds only; not what is predicted, nor what is done about it.
+What finding out costs is kept in a ledger and bounded. Knows seconds only; not what is predicted,
+nor what is done about it.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Decision", "Payoff", "PayoffRules"]
 
@@ -18,19 +20,30 @@ class PayoffRules:
     """How the trial goes.
 
     Args:
-        window: decode steps that run alike; the first of each is not counted, since its cache is
-            the other way's.
-        least_pairs, most_pairs: pairs of windows before a decision can, and has to, fall.
-        hopeless: predicting is given up as soon as two pairs are slower by this factor.
+        window: decode steps that are compared with as many plain ones before and after; the first
+            of each kind is not counted, since its cache is the other way's.
+        warm: steps in which the predictor only follows, before a window, if it was not told.
+        allowed: share of the seconds of a trial that it may cost.
+        free: plain steps' worth that it may cost at once.
+        cut: a window is broken off when it has cost so many plain steps.
+        light: a predictor that takes less than this share of a step is told all the time.
+        least_windows, most_windows: before a decision can, and has to, fall.
+        hopeless: predicting is given up as soon as two windows in a row are slower by the first
+            factor, or all steps of one by the second.
         sure: standard errors that the mean has to lie away from even.
         again: steps until a new trial after the decision to predict, and to do without.
     """
 
-    window: int = 8
-    least_pairs: int = 4
-    most_pairs: int = 12
-    hopeless: float = 1.15
-    sure: float = 1.5
+    window: int = 4
+    warm: int = 2
+    allowed: float = 0.02
+    free: float = 1.0
+    cut: float = 2.0
+    light: float = 0.01
+    least_windows: int = 5
+    most_windows: int = 14
+    hopeless: tuple[float, float] = (1.15, 2.0)
+    sure: float = 2.0
     again: tuple[int, int] = (1024, 2048)
 
 
@@ -58,12 +71,43 @@ class Decision:
 
 
 @dataclass
-class Payoff:
-    """Alternates windows of decode steps with and without prediction and compares their seconds.
+class Ledger:
+    """What the trial has cost, in seconds, of how many; prompts and decode steps apart."""
 
-    While undecided half of the steps run plainly. The comparison is of neighbouring windows (the
-    medians of their steps), so that a drifting disk does not decide. Undecided at the end of the
-    trial means plain: who cannot show a gain is not used.
+    allowed: float
+    cost: float = 0.0
+    elapsed: float = 0.0
+    shares: deque[float] = field(default_factory=lambda: deque(maxlen=8))
+
+    def add(self, seconds: float, cost: float) -> None:
+        """A call of `seconds`, of which the trial cost so many."""
+        self.elapsed += seconds
+        self.cost += cost
+
+    def followed(self, seconds: float, spent: float) -> None:
+        """In a call of `seconds` the predictor took `spent`."""
+        self.shares.append(spent / max(seconds, 1e-9))
+
+    def share(self) -> float | None:
+        """The predictor's part of a call, None before it is known."""
+        return median(self.shares) if len(self.shares) > 1 else None
+
+    def can_pay(self, cost: float = 0.0) -> bool:
+        """Whether so much more stays within what is allowed."""
+        return self.cost + cost <= self.allowed * self.elapsed
+
+
+Phase = Literal["rest", "warm", "acting", "after"]
+
+
+@dataclass
+class Payoff:
+    """Tries a window of decode steps with prediction now and then, and compares its seconds.
+
+    The plain windows before and after are what it is compared with (medians of steps), so that a
+    drifting disk does not decide. A window that proved slow is followed by as many plain steps as
+    it takes for the loss to be a small part of the run; a fast one by the next. Undecided at the
+    end of the trial means plain: who cannot show a gain is not used.
     """
 
     rules: PayoffRules = field(default_factory=PayoffRules)
@@ -71,56 +115,70 @@ class Payoff:
     decisions: list[Decision] = field(default_factory=lambda: [Decision(step=0, state="trial")])
     _steps: int = 0
     _since: int = 0
-    _window: list[float] = field(default_factory=list)
-    _medians: list[float] = field(default_factory=list)
+    _phase: Phase = "rest"
+    _before: deque[float] = field(init=False)
+    _now: list[float] = field(default_factory=list)  # steps of the present phase
+    _acted: list[float] = field(default_factory=list)  # of the last window
     _ratios: list[float] = field(default_factory=list)
+    _decode: Ledger = field(init=False)
+    _prefill: Ledger = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._before = deque(maxlen=self.rules.window)
+        self._decode, self._prefill = (Ledger(self.rules.allowed) for _ in range(2))
 
     @property
     def state(self) -> str:
         """Either "trial", "predicting" or "plain"."""
         return self.decisions[-1].state if self.enabled else "predicting"
 
-    @property
-    def acting(self) -> bool:
-        """Whether predictions are to be acted on in the step that comes."""
+    def acts(self, *, decode: bool) -> bool:
+        """Whether predictions are to be acted on in the call that comes."""
         if self.state != "trial":
             return self.state == "predicting"
-        # Windows go plain, acting, acting, plain, ...: a steady drift cancels out.
-        return len(self._medians) % 4 in (1, 2)
+        return self._phase == "acting" if decode else self.follows(decode=False)
 
-    @property
-    def following(self) -> bool:
-        """Whether the predictor has to be told what happens, acting or not."""
-        return self.state != "plain"
+    def follows(self, *, decode: bool) -> bool:
+        """Whether the predictor has to be told what happens in the call that comes."""
+        if self.state != "trial":
+            return self.state == "predicting"
+        if decode and self._phase in ("warm", "acting"):
+            return True
+        share = (self._decode if decode else self._prefill).share()
+        if share is None or share < self.rules.light:
+            return True
+        # The gain of acting in a prompt is not known, what the predictor took of it is.
+        return not decode and self._prefill.can_pay()
 
-    def end_step(self, seconds: float, predictor_seconds: float) -> None:
+    def end_prefill(self, seconds: float, spent: float | None) -> None:
+        """A prompt's call ended; arguments as of `end_step`."""
+        if self.enabled and self.state == "trial":
+            self._prefill.add(seconds, spent or 0.0)
+            if spent is not None:
+                self._prefill.followed(seconds, spent)
+
+    def end_step(self, seconds: float, spent: float | None) -> None:
         """A decode step ended.
 
         Args:
             seconds: it took.
-            predictor_seconds: of these in the predictor; a plain step is counted without them.
+            spent: of these in the predictor, None if it was not told. A plain step is counted
+                without them.
         """
         if not self.enabled:
             return
-        acting = self.acting
         self._steps += 1
         if self.state != "trial":
             self._since += 1
             if self._since >= self.rules.again[self.state == "plain"]:
                 self._decide("trial", "time to look again")
             return
-        self._window.append(seconds if acting else max(seconds - predictor_seconds, 1e-9))
-        if len(self._window) < self.rules.window:
-            return
-        self._medians.append(median(self._window[1:] or self._window))
-        self._window.clear()
-        if len(self._medians) % 2 == 0:
-            first, second = self._medians[-2:]
-            # The second window acted in the first pair of four windows, the first one in the other.
-            swap = len(self._medians) % 4 == 0
-            acted, plain = (first, second) if swap else (second, first)
-            self._ratios.append(math.log(acted / plain))
-            self._judge()
+        if spent is not None:
+            self._decode.followed(seconds, spent)
+        if self._phase == "acting":
+            self._end_acting(seconds)
+        else:
+            self._end_plain(max(seconds - (spent or 0.0), 1e-9), spent or 0.0)
 
     def fail(self, why: str) -> None:
         """There will be no predictions any more."""
@@ -128,19 +186,68 @@ class Payoff:
         self.enabled = True
         self._since = -(10**12)
 
-    def _judge(self) -> None:
-        rules, pairs = self.rules, len(self._ratios)
-        if pairs < 2:
+    def _end_acting(self, seconds: float) -> None:
+        plain = median(self._before)
+        self._now.append(seconds)
+        self._decode.add(seconds, seconds - plain)
+        lost = sum(self._now) - plain * len(self._now)
+        slow = lost > self.rules.cut * plain and len(self._now) > 2
+        if slow or len(self._now) > self.rules.window:
+            self._acted = self._now
+            self._go("after")
+
+    def _end_plain(self, seconds: float, spent: float) -> None:
+        rules = self.rules
+        self._now.append(seconds)
+        if self._phase == "after":
+            # What the window did to the cache is a part of its cost.
+            self._decode.add(seconds + spent, seconds - median(self._before) + spent)
+            if len(self._now) > rules.window:
+                self._judge(self._now[1:])
+        else:
+            self._decode.add(seconds + spent, spent)
+            self._before.append(seconds)
+        if self._phase == "warm" and len(self._now) >= rules.warm:
+            self._go("acting")
+        elif self._phase == "rest" and len(self._before) == rules.window and self._can_try():
+            told = self.follows(decode=True) and self._decode.share() is not None
+            self._go("acting" if told else "warm")
+
+    def _can_try(self) -> bool:
+        """Whether one more window, as slow as those so far, stays within what is allowed."""
+        rules, plain = self.rules, median(self._before)
+        slower = math.exp(fmean(self._ratios)) - 1.0 if self._ratios else 0.0
+        window = min(max(slower, 0.0) * (rules.window + 1), rules.cut + 1)
+        share = min(self._decode.share() or 0.0, 0.999)
+        warm = 0.0 if share < rules.light else rules.warm * share / (1 - share)
+        return self._decode.can_pay((window + warm - rules.free) * plain)
+
+    def _go(self, phase: Phase) -> None:
+        self._phase, self._now = phase, []
+
+    def _judge(self, after: list[float]) -> None:
+        """A window and what comes after it are complete."""
+        rules = self.rules
+        plain = (math.log(median(self._before)) + math.log(median(after))) / 2
+        self._ratios.append(math.log(median(self._acted[1:])) - plain)
+        self._before.extend(after)
+        self._go("rest")
+        windows = len(self._ratios)
+        twice, once = (math.log(factor) for factor in rules.hopeless)
+        if math.log(min(self._acted[1:])) - plain > once:
+            self._decide("plain", "every step of a window was much slower", self._ratios[-1])
+            return
+        if windows < 2:
             return
         mean = fmean(self._ratios)
-        error = stdev(self._ratios) / math.sqrt(pairs)
-        if min(self._ratios[-2:]) > math.log(rules.hopeless):
-            self._decide("plain", "two pairs of windows in a row were much slower", mean, error)
-        elif pairs >= rules.least_pairs and mean + rules.sure * error < 0:
+        error = stdev(self._ratios) / math.sqrt(windows)
+        if min(self._ratios[-2:]) > twice:
+            self._decide("plain", "two windows in a row were much slower", mean, error)
+        elif windows >= rules.least_windows and mean + rules.sure * error < 0:
             self._decide("predicting", "steps with prediction are faster", mean, error)
-        elif pairs >= rules.least_pairs and mean - rules.sure * error > 0:
+        elif windows >= rules.least_windows and mean - rules.sure * error > 0:
             self._decide("plain", "steps with prediction are slower", mean, error)
-        elif pairs >= rules.most_pairs:
+        elif windows >= rules.most_windows:
             self._decide("plain", "no gain could be shown", mean, error)
 
     def _decide(
@@ -157,5 +264,8 @@ class Payoff:
             )
         )
         self._since = 0
-        for kept in (self._window, self._medians, self._ratios):
-            kept.clear()
+        self._go("rest")
+        self._before.clear()
+        self._ratios.clear()
+        for ledger in (self._decode, self._prefill):
+            ledger.cost = ledger.elapsed = 0.0

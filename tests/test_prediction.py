@@ -305,11 +305,12 @@ def test_the_plain_policy_does_not_pay_for_a_predictor_that_is_given_up(
     model = load(tiny_checkpoints.per_expert, predictor=predictor)
     loader = moe_runtime.runtime_of(model).executor.loader
     assert loader.prediction is not None
+    payoff = loader.prediction.payoff
     for _ in range(400):
-        loader.prediction.payoff.end_step(1.5 if loader.prediction.payoff.acting else 1.0, 0.0)
-        if loader.prediction.payoff.state != "trial":
+        payoff.end_step(1.5 if payoff.acts(decode=True) else 1.0, 0.0)
+        if payoff.state != "trial":
             break
-    assert loader.prediction.payoff.state == "plain"
+    assert payoff.state == "plain"
     asked = Slow.asked
     generate(model, prompt)
     assert Slow.asked == asked
