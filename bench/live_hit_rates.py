@@ -107,7 +107,7 @@ def main() -> None:
     prompts = [puzzle.prompt for puzzle in held_out(options.prompts, seed=3)]
     table: dict[str, Any] = {}
     for setting, (batch, budget) in SETTINGS.items():
-        some = prompts[: max(8, 6 * batch)]
+        some = prompts[: max(24, 6 * batch)]
         rounds = []
         for round_ in range(options.rounds):
             order = list(variants().items())
