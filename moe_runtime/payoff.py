@@ -20,23 +20,23 @@ class PayoffRules:
     """How the trial goes.
 
     Args:
-        window: decode steps that are compared with as many plain ones before and after; the first
-            of each kind is not counted, since its cache is the other way's.
+        window: decode steps that are compared with as many of the other kind before and after; the
+            first of each kind is not counted, since its cache is the other way's.
         warm: steps in which the predictor only follows, before a window, if it was not told.
-        allowed: share of the seconds of a trial that it may cost.
-        free: plain steps' worth that it may cost at once.
-        cut: a window is broken off when it has cost so many plain steps.
+        allowed: share of the seconds that trying the other way may cost, in a trial and after it.
+        free: steps' worth that it may cost at once.
+        cut: a window is broken off when it has cost so many steps.
         light: a predictor that takes less than this share of a step is told all the time.
-        least_windows, most_windows: before a decision can, and has to, fall.
+        least_windows, most_windows: before a decision can, and the first one has to, fall.
         hopeless: predicting is given up as soon as two windows in a row are slower by the first
             factor, or all steps of one by the second.
         sure: standard errors that the mean has to lie away from even.
-        again: steps until a new trial after the decision to predict, and to do without.
+        again: steps until a new trial after the decision to do without.
     """
 
     window: int = 4
     warm: int = 2
-    allowed: float = 0.02
+    allowed: tuple[float, float] = (0.02, 0.01)
     free: float = 1.0
     cut: float = 2.0
     light: float = 0.01
@@ -44,7 +44,7 @@ class PayoffRules:
     most_windows: int = 14
     hopeless: tuple[float, float] = (1.15, 2.0)
     sure: float = 2.0
-    again: tuple[int, int] = (1024, 2048)
+    again: int = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Decision:
 
 @dataclass
 class Ledger:
-    """What the trial has cost, in seconds, of how many; prompts and decode steps apart."""
+    """What trying has cost, in seconds, of how many; prompts and decode steps apart."""
 
     allowed: float
     cost: float = 0.0
@@ -80,7 +80,7 @@ class Ledger:
     shares: deque[float] = field(default_factory=lambda: deque(maxlen=8))
 
     def add(self, seconds: float, cost: float) -> None:
-        """A call of `seconds`, of which the trial cost so many."""
+        """A call of `seconds`, of which trying cost so many."""
         self.elapsed += seconds
         self.cost += cost
 
@@ -97,17 +97,18 @@ class Ledger:
         return self.cost + cost <= self.allowed * self.elapsed
 
 
-Phase = Literal["rest", "warm", "acting", "after"]
+Phase = Literal["rest", "warm", "probe", "after"]
 
 
 @dataclass
 class Payoff:
-    """Tries a window of decode steps with prediction now and then, and compares its seconds.
+    """Tries a window of decode steps the other way now and then, and compares its seconds.
 
-    The plain windows before and after are what it is compared with (medians of steps), so that a
-    drifting disk does not decide. A window that proved slow is followed by as many plain steps as
-    it takes for the loss to be a small part of the run; a fast one by the next. Undecided at the
-    end of the trial means plain: who cannot show a gain is not used.
+    In a trial and without prediction the other way is with it. What a window is compared with are
+    those before and after it (medians of steps), so that a drifting disk does not decide. A window
+    that proved slow is followed by as many steps of the usual way as it takes for the loss to be a
+    small part of the run; a fast one by the next. Undecided at the end of the trial means plain:
+    who cannot show a gain is not used. Who is used goes on being compared in the same way.
     """
 
     rules: PayoffRules = field(default_factory=PayoffRules)
@@ -118,14 +119,15 @@ class Payoff:
     _phase: Phase = "rest"
     _before: deque[float] = field(init=False)
     _now: list[float] = field(default_factory=list)  # steps of the present phase
-    _acted: list[float] = field(default_factory=list)  # of the last window
-    _ratios: list[float] = field(default_factory=list)
+    _tried: list[float] = field(default_factory=list)  # steps of the last window the other way
+    _ratios: deque[float] = field(init=False)  # logarithms of seconds with prediction over without
     _decode: Ledger = field(init=False)
     _prefill: Ledger = field(init=False)
 
     def __post_init__(self) -> None:
         self._before = deque(maxlen=self.rules.window)
-        self._decode, self._prefill = (Ledger(self.rules.allowed) for _ in range(2))
+        self._ratios = deque(maxlen=self.rules.most_windows)
+        self._decode, self._prefill = (Ledger(self.rules.allowed[0]) for _ in range(2))
 
     @property
     def state(self) -> str:
@@ -134,15 +136,15 @@ class Payoff:
 
     def acts(self, *, decode: bool) -> bool:
         """Whether predictions are to be acted on in the call that comes."""
-        if self.state != "trial":
-            return self.state == "predicting"
-        return self._phase == "acting" if decode else self.follows(decode=False)
+        if not self.enabled or not decode:
+            return self.follows(decode=decode)
+        return self.state != "plain" and (self._phase == "probe") == (self.state == "trial")
 
     def follows(self, *, decode: bool) -> bool:
         """Whether the predictor has to be told what happens in the call that comes."""
         if self.state != "trial":
             return self.state == "predicting"
-        if decode and self._phase in ("warm", "acting"):
+        if decode and self._phase in ("warm", "probe"):
             return True
         share = (self._decode if decode else self._prefill).share()
         if share is None or share < self.rules.light:
@@ -168,17 +170,20 @@ class Payoff:
         if not self.enabled:
             return
         self._steps += 1
-        if self.state != "trial":
+        if self.state == "plain":
             self._since += 1
-            if self._since >= self.rules.again[self.state == "plain"]:
+            if self._since >= self.rules.again:
                 self._decide("trial", "time to look again")
             return
         if spent is not None:
             self._decode.followed(seconds, spent)
-        if self._phase == "acting":
-            self._end_acting(seconds)
+        told = spent or 0.0
+        # What a step would have taken: with prediction all of it, plainly without the predictor.
+        alone = seconds if self.acts(decode=True) else max(seconds - told, 1e-9)
+        if self._phase == "probe":
+            self._end_probe(seconds, alone)
         else:
-            self._end_plain(max(seconds - (spent or 0.0), 1e-9), spent or 0.0)
+            self._end_usual(seconds, alone)
 
     def fail(self, why: str) -> None:
         """There will be no predictions any more."""
@@ -186,67 +191,72 @@ class Payoff:
         self.enabled = True
         self._since = -(10**12)
 
-    def _end_acting(self, seconds: float) -> None:
-        plain = median(self._before)
-        self._now.append(seconds)
-        self._decode.add(seconds, seconds - plain)
-        lost = sum(self._now) - plain * len(self._now)
-        slow = lost > self.rules.cut * plain and len(self._now) > 2
+    def _end_probe(self, seconds: float, alone: float) -> None:
+        usual = median(self._before)
+        self._now.append(alone)
+        self._decode.add(seconds, seconds - usual)
+        lost = sum(self._now) - usual * len(self._now)
+        slow = lost > self.rules.cut * usual and len(self._now) > 2
         if slow or len(self._now) > self.rules.window:
-            self._acted = self._now
+            self._tried = self._now
             self._go("after")
 
-    def _end_plain(self, seconds: float, spent: float) -> None:
+    def _end_usual(self, seconds: float, alone: float) -> None:
         rules = self.rules
-        self._now.append(seconds)
+        self._now.append(alone)
         if self._phase == "after":
             # What the window did to the cache is a part of its cost.
-            self._decode.add(seconds + spent, seconds - median(self._before) + spent)
+            self._decode.add(seconds, seconds - median(self._before))
             if len(self._now) > rules.window:
                 self._judge(self._now[1:])
         else:
-            self._decode.add(seconds + spent, spent)
-            self._before.append(seconds)
+            self._decode.add(seconds, seconds - alone)
+            self._before.append(alone)
         if self._phase == "warm" and len(self._now) >= rules.warm:
-            self._go("acting")
+            self._go("probe")
         elif self._phase == "rest" and len(self._before) == rules.window and self._can_try():
             told = self.follows(decode=True) and self._decode.share() is not None
-            self._go("acting" if told else "warm")
+            self._go("probe" if told else "warm")
 
     def _can_try(self) -> bool:
         """Whether one more window, as slow as those so far, stays within what is allowed."""
-        rules, plain = self.rules, median(self._before)
-        slower = math.exp(fmean(self._ratios)) - 1.0 if self._ratios else 0.0
+        rules, usual, share, slower = self.rules, median(self._before), 0.0, 0.0
+        if self._ratios:
+            slower = math.exp(fmean(self._ratios) * (1 if self.state == "trial" else -1)) - 1.0
+        if self.state == "trial":
+            share = min(self._decode.share() or 0.0, 0.999)
         window = min(max(slower, 0.0) * (rules.window + 1), rules.cut + 1)
-        share = min(self._decode.share() or 0.0, 0.999)
         warm = 0.0 if share < rules.light else rules.warm * share / (1 - share)
-        return self._decode.can_pay((window + warm - rules.free) * plain)
+        return self._decode.can_pay((window + warm - rules.free) * usual)
 
     def _go(self, phase: Phase) -> None:
         self._phase, self._now = phase, []
 
     def _judge(self, after: list[float]) -> None:
         """A window and what comes after it are complete."""
-        rules = self.rules
-        plain = (math.log(median(self._before)) + math.log(median(after))) / 2
-        self._ratios.append(math.log(median(self._acted[1:])) - plain)
+        rules, trial = self.rules, self.state == "trial"
+        usual = (math.log(median(self._before)) + math.log(median(after))) / 2
+        found = math.log(median(self._tried[1:])) - usual
+        self._ratios.append(found if trial else -found)
         self._before.extend(after)
         self._go("rest")
         windows = len(self._ratios)
         twice, once = (math.log(factor) for factor in rules.hopeless)
-        if math.log(min(self._acted[1:])) - plain > once:
-            self._decide("plain", "every step of a window was much slower", self._ratios[-1])
+        if trial and math.log(min(self._tried[1:])) - usual > once:
+            self._decide("plain", "every step of a window was much slower", found)
             return
         if windows < 2:
             return
         mean = fmean(self._ratios)
         error = stdev(self._ratios) / math.sqrt(windows)
-        if min(self._ratios[-2:]) > twice:
+        if trial and min(self._ratios[-1], self._ratios[-2]) > twice:
             self._decide("plain", "two windows in a row were much slower", mean, error)
-        elif windows >= rules.least_windows and mean + rules.sure * error < 0:
-            self._decide("predicting", "steps with prediction are faster", mean, error)
         elif windows >= rules.least_windows and mean - rules.sure * error > 0:
             self._decide("plain", "steps with prediction are slower", mean, error)
+        elif not trial:
+            return
+        elif windows >= rules.least_windows and mean + rules.sure * error < 0:
+            self._decide("predicting", "steps with prediction are faster", mean, error)
         elif windows >= rules.most_windows:
             self._decide("plain", "no gain could be shown", mean, error)
 
@@ -269,3 +279,4 @@ class Payoff:
         self._ratios.clear()
         for ledger in (self._decode, self._prefill):
             ledger.cost = ledger.elapsed = 0.0
+            ledger.allowed = self.rules.allowed[state == "predicting"]

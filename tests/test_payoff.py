@@ -83,6 +83,21 @@ def test_a_clear_gain_is_used() -> None:
         assert ratio < 0.85
 
 
+def test_a_gain_that_ends_is_noticed() -> None:
+    for seed in range(10):
+        payoff, draw = Payoff(), random.Random(seed)
+        for step in range(600):
+            factor = 0.8 if step < 200 else 1.3
+            payoff.end_step(
+                draw.lognormvariate(0.0, 0.1) * (factor if payoff.acts(decode=True) else 1.0),
+                0.0 if payoff.follows(decode=True) else None,
+            )
+            if step == 199:
+                assert payoff.state == "predicting"
+        assert payoff.state == "plain"
+        assert payoff.decisions[-1].step <= 400
+
+
 def test_no_gain_means_plain_almost_always() -> None:
     states = [run(400, 1.0, noise=0.1, seed=seed)[0].state for seed in range(100)]
     assert states.count("plain") >= 75
