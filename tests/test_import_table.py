@@ -98,6 +98,10 @@ run_record        | version access budget cache config eviction memory model_spe
                     simulate                               | numpy torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
 steering.values   |                                        |
+steering.plain    |                                        |
+steering.evaluation | steering.plain                       |
+steering.tasks    |                                        |
+steering.statistics |                                      | numpy
 steering.*        | trace model_spec interface steps steering.* | torch numpy transformers
 placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
