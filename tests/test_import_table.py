@@ -102,6 +102,11 @@ steering.plain    |                                        |
 steering.evaluation | steering.plain                       |
 steering.tasks    |                                        |
 steering.statistics |                                      | numpy
+steering.fields   |                                        |
+steering.identification | steering.fields                  | numpy
+steering.files    | model_spec steering.identification steering.fields steering.values |
+steering.shift    | trace                                  | numpy
+steering.cost     | steering.plain steering.shift          |
 steering.*        | trace model_spec interface steps steering.* | torch numpy transformers
 placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
@@ -111,8 +116,11 @@ placement.bake*   | version memory model_spec loading checkpoint safetensors_ind
                     placement.bake*                        | numpy torch transformers
 placement.*       | trace routing_counts placement.*       | numpy scipy
 pinning           | placement.plan model_spec cache executor | numpy
-report.*          | profiler placement.plan predictors.evaluation report.* | numpy jinja2 matplotlib
+report.*          | profiler placement.plan predictors.evaluation steering.files \
+                    steering.identification steering.evaluation steering.cost report.* \
+                                                           | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
+steering.cost_run | run_record runtime steering.* trace version | torch transformers
 token_choice      |                                        | torch
 prompt_state      | token_choice                           | torch
 sequence_caches   |                                        | torch transformers
@@ -179,7 +187,9 @@ def covers(pattern: str, module: str) -> bool:
 
 
 def row_of(module: str) -> Row | None:
-    return next((row for row in TABLE if covers(row.module, module)), None)
+    """The row of this very name, else the first whose pattern names the module."""
+    exact = next((row for row in TABLE if row.module == module), None)
+    return exact or next((row for row in TABLE if covers(row.module, module)), None)
 
 
 def our_files() -> dict[str, Path]:
