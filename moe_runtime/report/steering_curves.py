@@ -73,6 +73,7 @@ def _against_beta(
         axes.axhline(
             scale * plain.value, color=TEXT, linewidth=1.1, linestyle=(0, (4, 3)), label="unsteered"
         )
+        axes.scatter([places[1.0]], [scale * plain.value], 40, color=TEXT, zorder=3)
         steered = sorted(found.of_kind("steered"), key=lambda arm: places[arm.beta])
         if steered:
             x = [places[arm.beta] for arm in steered]
@@ -124,6 +125,7 @@ def _label(axes: Axes, places: dict[float, float], aside: dict[str, float], form
     axes.set_xticks(list(ticks.values()), list(ticks))
     axes.set_xlim(min(ticks.values()) - 0.5, max(ticks.values()) + 0.7)
     axes.set_xlabel("beta, log axis; 1 is unsteered")
+    axes.margins(y=0.08)
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.yaxis.set_major_formatter(form)
     axes.grid(axis="y")
@@ -151,7 +153,7 @@ def _bars(drawing: Drawing, axes: Axes, arms: tuple[Arm, ...], total: int) -> No
     looks: dict[str, dict[str, Any]] = {
         "right": {"facecolor": ACCENT},
         "wrong": {"facecolor": PAGE, "edgecolor": MUTED},
-        "no answer": {"facecolor": PAGE, "edgecolor": SECOND, "hatch": "...."},
+        "no answer": {"facecolor": PAGE, "edgecolor": SECOND, "hatch": "||||"},
         "thinking without end": {"facecolor": PAGE, "edgecolor": SECOND, "hatch": "////"},
         "cut at the length limit": {"facecolor": SECOND},
     }

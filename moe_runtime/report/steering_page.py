@@ -33,7 +33,7 @@ def render_steering(parts: SteeringParts) -> str:
     return template("steering.html.j2").render(
         kind="steering",
         title=parts.model_id or "unnamed model",
-        outcome=words.headline(parts),
+        outcome=words.headline(parts).replace(" %", "\N{NO-BREAK SPACE}%"),
         warnings=words.warnings_of(parts),
         tiles=_tiles(parts),
         given=[words.expert_name(*one) for one in chosen] if found is None else [],
@@ -50,12 +50,11 @@ def render_steering(parts: SteeringParts) -> str:
 
 def _identified(found: Identification, chosen: list[tuple[int, int]]) -> list[Figure]:
     drawn, most = figures.score_map(found, chosen or found.chosen)
-    told = " ".join(f"{one.coefficient:+g} {one.text}" for one in found.tokens)
     shown = min(len(found.ranked), figures.DRAWN_EXPERTS)
     return present(
         Figure(
             title="Score of every expert",
-            note=f"sum of nPMI: {told}; blue above 0, orange below, full colour at "
+            note=f"nPMI, {words.markers(found)}; blue above 0, orange below, full colour at "
             f"\N{PLUS-MINUS SIGN}{most:.2f}; framed: chosen; a dot: too few events",
             svg=drawn,
         ),

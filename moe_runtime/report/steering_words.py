@@ -25,6 +25,7 @@ __all__ = [
     "helped",
     "interval",
     "main_arm",
+    "markers",
     "p_text",
     "points",
     "shown_arms",
@@ -86,11 +87,11 @@ def _strength(beta: float) -> float:
     return abs(math.log(beta)) if beta > 0 else math.inf
 
 
-def helped(found: Comparison) -> str:
-    """What the interval of a difference says: `helps`, `harms` or `no difference is shown`."""
-    if found.difference.low > 0:
-        return "helps"
-    return "harms" if found.difference.high < 0 else "no difference is shown"
+def helped(found: Comparison, confidence: float = 0.95) -> str:
+    """What corrected test and interval say together: `helps`, `harms`, `no difference is shown`."""
+    if found.p_holm >= 1 - confidence or found.difference.low <= 0 <= found.difference.high:
+        return "no difference is shown"
+    return "helps" if found.difference.value > 0 else "harms"
 
 
 def headline(parts: SteeringParts) -> str:
@@ -113,8 +114,13 @@ def _found(found: Identification) -> str:
         return "no expert had enough events to be ranked"
     names = _joined([expert_name(*one) for one in found.chosen])
     scores = _joined([f"{one.score:.2f}" for one in found.ranked[: found.top]])
-    markers = ", ".join(f"{one.coefficient:+g} {one.text}" for one in found.tokens)
-    return f"{names} lead with scores of {scores} ({markers})"
+    return f"{names} lead with scores of {scores} ({markers(found)})"
+
+
+def markers(found: Identification) -> str:
+    """What the score is the sum of: coefficients and markers."""
+    told = ", ".join(f"{one.coefficient:+g} {one.text}" for one in found.tokens)
+    return told.replace("-", "\N{MINUS SIGN}")
 
 
 def _evaluated(found: SteeringEvaluation) -> str:
@@ -134,7 +140,7 @@ def _evaluated(found: SteeringEvaluation) -> str:
     return (
         f"{start}; {points(comparison.difference.value)} points "
         f"({interval(comparison.difference, signed=True)}, p {_equals(comparison.p_holm)}): "
-        f"{helped(comparison)}"
+        f"{helped(comparison, found.settings.confidence)}"
     )
 
 
