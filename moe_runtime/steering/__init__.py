@@ -3,6 +3,7 @@
 Owns the names that users import; the parts are in its modules.
 """
 
+from moe_runtime.steering.attach import SteeringHandle, steer
 from moe_runtime.steering.files import (
     SteeredModel,
     SteeringFile,
@@ -18,6 +19,8 @@ __all__ = [
     "SteeredModel",
     "Steering",
     "SteeringFile",
+    "SteeringHandle",
     "read_steering",
+    "steer",
     "write_steering",
 ]
