@@ -170,8 +170,7 @@ class Identification:
             level=fields.number(data, "level"),
             traces=tuple(str(one) for one in traces),
             **{
-                name: fields.text(data, name)
-                for name in ("model_id", "fingerprint", "tokenizer_id")
+                name: fields.text(data, name) for name in ("model_id", "fingerprint", "tokenizer_id")
             },
             **whole,
         )
