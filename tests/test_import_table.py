@@ -97,12 +97,6 @@ saving            | model_spec safetensors_index checkpoint paged | torch
 run_record        | version access budget cache config eviction memory model_spec profiler \
                     simulate                               | numpy torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
-steering.values   |                                        |
-steering.plain    |                                        |
-steering.evaluation | steering.plain                       |
-steering.tasks    |                                        |
-steering.statistics |                                      | numpy
-steering.*        | trace model_spec interface steps steering.* | torch numpy transformers
 placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
 placement.ilp*    | trace placement.*                      | numpy pulp
@@ -113,6 +107,14 @@ placement.*       | trace routing_counts placement.*       | numpy scipy
 pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan predictors.evaluation report.* | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
+steering.values   |                                        |
+steering.plain    |                                        |
+steering.evaluation | steering.plain                       |
+steering.tasks    |                                        |
+steering.statistics |                                      | numpy
+steering.journal  |                                        |
+steering.*        | trace routing_counts version model_spec expert_modules module_routing steps cache executor runtime \
+                    steering.*                             | torch numpy transformers
 token_choice      |                                        | torch
 prompt_state      | token_choice                           | torch
 sequence_caches   |                                        | torch transformers
