@@ -50,6 +50,7 @@ checkpoint        | model_spec safetensors_index           | torch transformers 
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
 trace_writer      | trace                                  | numpy safetensors
+trace_reader      | trace                                  | numpy safetensors
 routing_counts    | trace                                  | numpy safetensors
 trace_summary     | trace routing_counts                   | numpy
 corpus            |                                        |
@@ -98,7 +99,10 @@ run_record        | version access budget cache config eviction memory model_spe
                     simulate                               | numpy torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
 steering.values   |                                        |
-steering.*        | trace model_spec interface steps steering.* | torch numpy transformers
+steering.identification | steering.fields                  | numpy
+steering.picture  | steering.identification                | numpy matplotlib
+steering.*        | trace trace_reader model_spec interface steps steering.* \
+                                                           | torch numpy transformers
 placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
 placement.ilp*    | trace placement.*                      | numpy pulp
@@ -123,7 +127,8 @@ batches           | runtime scheduler predictors.* token_choice prompt_state pat
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
                     cache_baselines timed_result timed_simulation virtual_link \
-                    predictors.* importers.* trace trace_summary routing_counts corpus cli.* \
+                    predictors.* steering.* importers.* trace trace_summary routing_counts \
+                    corpus cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |
 """

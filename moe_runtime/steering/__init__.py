@@ -10,6 +10,7 @@ from moe_runtime.steering.files import (
     write_steering,
 )
 from moe_runtime.steering.identification import Identification
+from moe_runtime.steering.identify import identify
 from moe_runtime.steering.values import Method, Steering
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "SteeredModel",
     "Steering",
     "SteeringFile",
+    "identify",
     "read_steering",
     "write_steering",
 ]
