@@ -50,6 +50,7 @@ checkpoint        | model_spec safetensors_index           | torch transformers 
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
 trace_writer      | trace                                  | numpy safetensors
+trace_reader      | trace                                  | numpy safetensors
 routing_counts    | trace                                  | numpy safetensors
 trace_summary     | trace routing_counts                   | numpy
 corpus            |                                        |
@@ -108,12 +109,14 @@ pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan predictors.evaluation report.* | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
 steering.values   |                                        |
+steering.identification | steering.fields                  | numpy
+steering.picture  | steering.identification                | numpy matplotlib
 steering.plain    |                                        |
 steering.evaluation | steering.plain                       |
 steering.tasks    |                                        |
 steering.statistics |                                      | numpy
 steering.journal  |                                        |
-steering.*        | trace routing_counts version model_spec expert_modules module_routing steps cache executor runtime \
+steering.*        | trace trace_reader routing_counts version model_spec expert_modules module_routing steps cache executor runtime \
                     steering.*                             | torch numpy transformers
 token_choice      |                                        | torch
 prompt_state      | token_choice                           | torch
@@ -129,7 +132,8 @@ batches           | runtime scheduler predictors.* token_choice prompt_state pat
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
                     cache_baselines timed_result timed_simulation virtual_link \
-                    predictors.* importers.* trace trace_summary routing_counts corpus cli.* \
+                    predictors.* steering.* importers.* trace trace_summary routing_counts \
+                    corpus cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |
 """

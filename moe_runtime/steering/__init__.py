@@ -11,6 +11,7 @@ from moe_runtime.steering.files import (
     write_steering,
 )
 from moe_runtime.steering.identification import Identification
+from moe_runtime.steering.identify import identify
 from moe_runtime.steering.values import Method, Steering
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Steering",
     "SteeringFile",
     "SteeringHandle",
+    "identify",
     "read_steering",
     "steer",
     "write_steering",
