@@ -85,6 +85,11 @@ SURFACE = {
     "plan show": {"PLAN", "--out"},
     "plan compare": {"PLAN...", "--trace"},
     "report": {"RUN.json", "--out", "--trace"},
+    "steer find": {
+        *("TRACE...", "--tokenizer", "--token", "--top", "--beta", "--prompt", "--least-joint"),
+        *("--least-uses", "--bootstrap", "--seed", "--picture", "--out", "--revision"),
+        *("--subfolder", "--local-files-only"),
+    },
     "train-predictor": {
         *("TRACE...", "--out", "--preset", "--epochs", "--minutes", "--held-out", "--seed"),
         "--resume",

@@ -3,6 +3,7 @@
 Owns the names that users import; the parts are in its modules.
 """
 
+from moe_runtime.steering.attach import SteeringHandle, steer
 from moe_runtime.steering.files import (
     SteeredModel,
     SteeringFile,
@@ -10,6 +11,7 @@ from moe_runtime.steering.files import (
     write_steering,
 )
 from moe_runtime.steering.identification import Identification
+from moe_runtime.steering.identify import identify
 from moe_runtime.steering.values import Method, Steering
 
 __all__ = [
@@ -18,6 +20,9 @@ __all__ = [
     "SteeredModel",
     "Steering",
     "SteeringFile",
+    "SteeringHandle",
+    "identify",
     "read_steering",
+    "steer",
     "write_steering",
 ]

@@ -127,7 +127,7 @@ class Identification:
         return _as_array(self.scores, self.experts)
 
     def npmi_map(self, token: int) -> FloatArray:
-        """float64 `[layers, most experts of a layer]` of the marker of this number; NaN as above."""
+        """float64 `[layers, most experts of a layer]` of one of the tokens; NaN as above."""
         return _as_array(self.npmi[token], self.experts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,7 +170,8 @@ class Identification:
             level=fields.number(data, "level"),
             traces=tuple(str(one) for one in traces),
             **{
-                name: fields.text(data, name) for name in ("model_id", "fingerprint", "tokenizer_id")
+                name: fields.text(data, name)
+                for name in ("model_id", "fingerprint", "tokenizer_id")
             },
             **whole,
         )

@@ -80,9 +80,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return [int(one) for one in tokenizer.encode(text, add_special_tokens=False)] if text else []
 
 
-def near_tokens(
-    tokenizer: Any, text: str, among: Iterable[int] | None = None
-) -> tuple[str, ...]:
+def near_tokens(tokenizer: Any, text: str, among: Iterable[int] | None = None) -> tuple[str, ...]:
     """Texts of up to five single tokens that read like `text`, nearest first.
 
     Args:
