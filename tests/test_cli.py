@@ -84,7 +84,12 @@ SURFACE = {
     },
     "plan show": {"PLAN", "--out"},
     "plan compare": {"PLAN...", "--trace"},
-    "report": {"RUN.json", "--out", "--trace"},
+    "report": {"RUN.json", "--out", "--trace", "--with"},
+    "steer cost": {
+        *("MODEL", "--steer", "--prompts", "--beta", "--expert-budget", "--policy", "--limit"),
+        *("--max-new-tokens", "--rounds", "--pin", "--dtype", "--revision"),
+        *("--subfolder", "--variant", "--local-files-only", "--out"),
+    },
     "steer find": {
         *("TRACE...", "--tokenizer", "--token", "--top", "--beta", "--prompt", "--least-joint"),
         *("--least-uses", "--bootstrap", "--seed", "--picture", "--out", "--revision"),

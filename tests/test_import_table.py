@@ -123,7 +123,8 @@ steering.tasks    |                                        |
 steering.statistics |                                      | numpy
 steering.journal  |                                        |
 steering.cost_run | run_record runtime steering.* trace version | torch transformers
-steering.*        | trace trace_reader routing_counts version model_spec expert_modules module_routing steps cache executor runtime \
+steering.*        | trace trace_reader routing_counts version model_spec expert_modules \
+                    module_routing steps cache executor runtime \
                     steering.*                             | torch numpy transformers
 token_choice      |                                        | torch
 prompt_state      | token_choice                           | torch
