@@ -153,9 +153,10 @@ def _costs(found: SteeringCost) -> str:
     ratio = found.ratios("steered", lambda one: one.tokens_per_second)
     if ratio is None:
         return "nothing was decoded to time"
-    return f"{100 * (ratio[0] - 1):+.1f} % tokens/s on the same tokens at {found.budget}".replace(
-        "-", "\N{MINUS SIGN}"
-    )
+    told = [f"{100 * (one - 1):+.1f}" for one in ratio]
+    rounds = f" ({told[1]} to {told[2]} by round)" if len(found.arms[0].rounds) > 1 else ""
+    line = f"{told[0]} %{rounds} tokens/s on the same tokens at {found.budget}"
+    return line.replace("-", "\N{MINUS SIGN}")
 
 
 def _joined(names: Iterable[str]) -> str:
