@@ -224,9 +224,9 @@ def _print(found: Identification, *, beta: float, out: Path | None, picture: Pat
     for name in names:
         table.add_column(name, justify="right")
     shown = found.ranked[: max(found.top, _SHOWN)]
-    for rank, one in enumerate(shown, 1):
-        style = "bold" if rank <= found.top else "dim" if one.tied == 1 else ""
-        table.add_row(*_cells(one, rank, bootstrap=bool(found.bootstrap)), style=style)
+    for rank, expert in enumerate(shown, 1):
+        cells = _cells(expert, rank, bootstrap=bool(found.bootstrap))
+        table.add_row(*cells, style="bold" if rank <= found.top else "")
     console.print(table)
     for line in _remarks(found):
         console.print(line)

@@ -65,7 +65,7 @@ class RankedExpert:
     tied: int
     interval: Interval | None = None
     stability: float | None = None
-    ranks: Interval | None = None
+    ranks: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class Identification:
                 f"field 'experts' names {len(experts)} layers, 'layer_ids' {len(layer_ids)}"
             )
         traces = fields.take(data, "traces", (list, tuple), "a list of texts")
-        whole = {
+        whole: dict[str, Any] = {
             name: fields.whole(data, name)
             for name in (
                 *("top", "rows", "sequences", "unknown_rows", "least_joint", "least_uses"),
@@ -169,10 +169,9 @@ class Identification:
             prompt=fields.flag(data, "prompt"),
             level=fields.number(data, "level"),
             traces=tuple(str(one) for one in traces),
-            **{
-                name: fields.text(data, name)
-                for name in ("model_id", "fingerprint", "tokenizer_id")
-            },
+            model_id=fields.text(data, "model_id"),
+            fingerprint=fields.text(data, "fingerprint"),
+            tokenizer_id=fields.text(data, "tokenizer_id"),
             **whole,
         )
 
@@ -214,7 +213,7 @@ def _ranked(data: Mapping[str, Any], tokens: int) -> RankedExpert:
         tied=fields.whole(data, "tied", least=1),
         interval=_interval(data, "interval"),
         stability=None if share is None else fields.finite(share, "stability"),
-        ranks=_interval(data, "ranks"),
+        ranks=_ranks(data),
     )
 
 
@@ -225,6 +224,15 @@ def _interval(data: Mapping[str, Any], name: str) -> Interval | None:
     if len(ends) != 2:
         raise ConfigError(f"field {name!r} has to be null or two numbers, found {ends!r:.80}")
     return fields.finite(ends[0], name), fields.finite(ends[1], name)
+
+
+def _ranks(data: Mapping[str, Any]) -> tuple[int, int] | None:
+    if data.get("ranks") is None:
+        return None
+    ends = fields.whole_list(data, "ranks")
+    if len(ends) != 2:
+        raise ConfigError(f"field 'ranks' has to be null or two ranks, found {ends!r:.80}")
+    return ends[0], ends[1]
 
 
 def _map(rows: Any, name: str, experts: tuple[int, ...]) -> LayerMap:

@@ -65,7 +65,7 @@ def open_recordings(
     given = (
         [trace] if isinstance(trace, RoutingTrace | str) or hasattr(trace, "__fspath__") else trace
     )
-    readers = [TraceReader(one) for one in given]  # type: ignore[arg-type,union-attr]
+    readers = [TraceReader(one) for one in given]
     if not readers:
         raise TraceError("no recordings: give one trace at least")
     for number, reader in enumerate(readers):
@@ -147,12 +147,12 @@ def counted_rows(
         if not (marked[number] & keep).any():
             raise _absent(marker, len(rows), tokens[keep], prompt=prompt, tokenizer=tokenizer)
     marked &= keep
-    numbers, inside = np.unique(every[keep], return_inverse=True)
+    numbers, places = np.unique(every[keep], return_inverse=True)
     sequence = np.zeros(len(tokens), np.int64)
-    sequence[keep] = inside
+    sequence[keep] = places
     with_marker = np.zeros((len(markers), len(numbers)), np.bool_)
-    for number, rows in enumerate(marked):
-        with_marker[number, sequence[rows]] = True
+    for inside, rows in zip(with_marker, marked, strict=True):
+        inside[sequence[rows]] = True
     return Counted(
         keep=keep,
         sequence=sequence,
