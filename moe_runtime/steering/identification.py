@@ -143,7 +143,7 @@ class Identification:
         """
         experts = fields.whole_list(data, "experts")
         tokens = tuple(_token(item) for item in fields.objects(data, "tokens"))
-        maps = fields.take(data, "npmi", list, "a list")
+        maps = fields.items(data, "npmi")
         if len(maps) != len(tokens):
             raise ConfigError(f"field 'npmi' has {len(maps)} maps for {len(tokens)} tokens")
         layer_ids = fields.whole_list(data, "layer_ids")
@@ -151,7 +151,7 @@ class Identification:
             raise ConfigError(
                 f"field 'experts' names {len(experts)} layers, 'layer_ids' {len(layer_ids)}"
             )
-        traces = fields.take(data, "traces", (list, tuple), "a list of texts")
+        traces = fields.items(data, "traces")
         whole: dict[str, Any] = {
             name: fields.whole(data, name)
             for name in (
@@ -159,12 +159,14 @@ class Identification:
                 *("rankable", "tied_out", "bootstrap", "redrawn", "seed"),
             )
         }
+        ranked = tuple(_ranked(item, len(tokens)) for item in fields.objects(data, "ranked"))
+        _require_there(ranked, whole["top"], dict(zip(layer_ids, experts, strict=True)))
         return cls(
             tokens=tokens,
-            ranked=tuple(_ranked(item, len(tokens)) for item in fields.objects(data, "ranked")),
+            ranked=ranked,
             layer_ids=layer_ids,
             experts=experts,
-            scores=_map(fields.take(data, "scores", list, "a list"), "scores", experts),
+            scores=_map(fields.items(data, "scores"), "scores", experts),
             npmi=tuple(_map(one, "npmi", experts) for one in maps),
             prompt=fields.flag(data, "prompt"),
             level=fields.number(data, "level"),
@@ -184,7 +186,7 @@ def _as_array(rows: LayerMap, experts: tuple[int, ...]) -> FloatArray:
 
 
 def _token(data: Mapping[str, Any]) -> TokenClass:
-    variants = fields.take(data, "variants", list, "a list of lists")
+    variants = fields.items(data, "variants")
     return TokenClass(
         text=fields.text(data, "text"),
         coefficient=fields.number(data, "coefficient"),
@@ -195,7 +197,7 @@ def _token(data: Mapping[str, Any]) -> TokenClass:
 
 
 def _ranked(data: Mapping[str, Any], tokens: int) -> RankedExpert:
-    npmi = fields.take(data, "npmi", list, "a list of numbers")
+    npmi = fields.items(data, "npmi")
     joint = fields.whole_list(data, "joint")
     if len(npmi) != tokens or len(joint) != tokens:
         raise ConfigError(
@@ -217,10 +219,22 @@ def _ranked(data: Mapping[str, Any], tokens: int) -> RankedExpert:
     )
 
 
+def _require_there(ranked: tuple[RankedExpert, ...], top: int, counts: Mapping[int, int]) -> None:
+    """ConfigError unless the choice is among the ranked and all of these are the model's."""
+    if not 1 <= top <= len(ranked):
+        raise ConfigError(f"field 'top' is {top}, but {len(ranked)} experts are ranked")
+    for one in ranked:
+        if one.expert >= counts.get(one.layer, 0):
+            raise ConfigError(
+                f"field 'ranked' names expert {one.expert} of layer {one.layer}, which has "
+                f"{counts.get(one.layer, 0)}"
+            )
+
+
 def _interval(data: Mapping[str, Any], name: str) -> Interval | None:
     if data.get(name) is None:
         return None
-    ends = fields.take(data, name, list, "null or two numbers")
+    ends = fields.items(data, name)
     if len(ends) != 2:
         raise ConfigError(f"field {name!r} has to be null or two numbers, found {ends!r:.80}")
     return fields.finite(ends[0], name), fields.finite(ends[1], name)
@@ -237,10 +251,10 @@ def _ranks(data: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _map(rows: Any, name: str, experts: tuple[int, ...]) -> LayerMap:
     """Layers x experts of numbers or null."""
-    if not isinstance(rows, list) or len(rows) != len(experts):
+    if not isinstance(rows, list | tuple) or len(rows) != len(experts):
         raise ConfigError(f"field {name!r} has to be a list for each of {len(experts)} layers")
     for at, (row, count) in enumerate(zip(rows, experts, strict=True)):
-        if not isinstance(row, list) or len(row) != count:
+        if not isinstance(row, list | tuple) or len(row) != count:
             raise ConfigError(f"field {name!r}: row {at} has to have {count} numbers")
     return tuple(
         tuple(None if value is None else fields.finite(value, name) for value in row)

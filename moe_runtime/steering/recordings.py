@@ -69,6 +69,8 @@ def open_recordings(
     if not readers:
         raise TraceError("no recordings: give one trace at least")
     for number, reader in enumerate(readers):
+        if not reader.grid.size:
+            raise TraceError(f"{reader.name}: has no MoE layers, so no experts to rank")
         name = reader.name if len(readers) == 1 else f"{reader.name} (number {number + 1})"
         _require_model(reader, readers[0], fingerprint, name)
         _require_tokens(reader, tokenizer, name)
@@ -151,8 +153,8 @@ def counted_rows(
     sequence = np.zeros(len(tokens), np.int64)
     sequence[keep] = places
     with_marker = np.zeros((len(markers), len(numbers)), np.bool_)
-    for inside, rows in zip(with_marker, marked, strict=True):
-        inside[sequence[rows]] = True
+    for inside, ends in zip(with_marker, marked, strict=True):
+        inside[sequence[ends]] = True
     return Counted(
         keep=keep,
         sequence=sequence,
