@@ -223,8 +223,8 @@ def _print(
             f"{one.coefficient:+g} x nPMI({escape(one.text)}): {one.occurrences:,} times in "
             f"{one.sequences:,} sequences"
         )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    names = ["rank", "layer", "expert", "score"]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    names = ["#", "layer", "expert", "score"]
     if found.bootstrap:
         names += [f"{found.level:.0%} interval", "in top", "ranks"]
     names += [*(escape(one.text) for one in found.tokens), "uses"]
@@ -244,14 +244,14 @@ def _print(
 
 
 def _cells(one: RankedExpert, rank: int, *, bootstrap: bool) -> list[str]:
-    cells = [str(rank), str(one.layer), str(one.expert), f"{one.score:.4f}"]
+    cells = [str(rank), str(one.layer), str(one.expert), f"{one.score:.3f}"]
     if one.tied > 1:
         cells[3] += f" ({one.tied} tie)"
     if bootstrap and one.interval is not None and one.ranks is not None:
         cells += [
-            f"{one.interval[0]:.3f} to {one.interval[1]:.3f}",
+            f"{one.interval[0]:.2f} to {one.interval[1]:.2f}",
             f"{one.stability:.0%}",
-            f"{one.ranks[0]:.0f} to {one.ranks[1]:.0f}",
+            f"{one.ranks[0]}-{one.ranks[1]}",
         ]
     pairs = zip(one.npmi, one.joint, strict=True)
     return [*cells, *(f"{value:.3f} ({rows:,})" for value, rows in pairs), f"{one.uses:,}"]
@@ -270,9 +270,8 @@ def _remarks(found: Identification, tokenizer: str) -> list[str]:
             f"recorded with the tokenizer {escape(found.tokenizer_id)}, read with {escape(given)}: "
             "see that they are one"
         )
-    lines += [
-        f"{found.rankable:,} of {sum(found.experts):,} experts ranked ({bar}); under a marker: nPMI (rows with both)"
-    ]
+    ranked = f"{found.rankable:,} of {sum(found.experts):,} experts ranked ({bar})"
+    lines.append(f"{ranked}; under a marker: nPMI (rows with both)")
     if found.tied_out:
         lines.append(
             f"{found.tied_out} experts more have the score of the last chosen one; chosen by joint "
