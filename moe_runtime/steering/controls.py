@@ -1,4 +1,4 @@
-"""What steering is compared with: the arms of an evaluation, and how a control's experts are chosen.
+"""What steering is compared with: an evaluation's arms, and which experts a control takes.
 
 Knows experts by name and how often they are used; runs nothing.
 """

@@ -59,6 +59,7 @@ class EvaluationSettings:
         prompt_text, prompt_place: of the prompt-only control; see `controls.PromptControl`.
         tip_tokens, tip_penalty, tip_span: of the thought-switching penalty: texts whose tokens
             cost `tip_penalty` logits for `tip_span` positions after a thought began.
+        chat: prompts were put into the model's chat template.
         confidence: of all intervals, 0.95.
         resamples: of each bootstrap and Monte Carlo test.
     """
@@ -84,6 +85,7 @@ class EvaluationSettings:
     tip_span: int
     confidence: float
     resamples: int
+    chat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ def complete(
     batch_size: int,
     stop: frozenset[int],
     pad: int,
-    processors: Callable[[], Sequence[LogitsProcessor]] = tuple,
+    processors: Callable[[Sequence[int]], Sequence[LogitsProcessor]] = lambda _: (),
 ) -> Iterator[list[Completion]]:
     """All requests through `model.generate`, batch by batch; those that are done after each call.
 
@@ -103,7 +103,8 @@ def complete(
         batch_size: rows of a call at the most.
         stop: end tokens.
         pad: token id for padding, on the left of prompts and after the end.
-        processors: makes those that change a call's logits before they are sampled.
+        processors: makes those that change a call's logits before they are sampled; given for each
+            row how many tokens after its prompt the call starts with.
     """
     # Longest first, so that a batch that does not fit into memory fails at once.
     waiting = deque(
@@ -117,7 +118,8 @@ def complete(
             batch, carried = carried[:batch_size], carried[batch_size:]
         else:
             batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-        _call(model, batch, sampling, stop=stop, pad=pad, processors=processors())
+        chosen = processors([len(one.tokens) for one in batch])
+        _call(model, batch, sampling, stop=stop, pad=pad, processors=chosen)
         carried += [one for one in batch if one.outcome is None]
         yield [one.outcome for one in batch if one.outcome is not None]
 

@@ -68,7 +68,7 @@ def read_tasks(path: str | Path) -> tuple[Task, ...]:
     """
     tasks: dict[str, Task] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); check the path") from error
     for number, line in enumerate(lines, 1):

@@ -1,4 +1,4 @@
-"""The thought-switching penalty (TIP), a control: tokens that end a thought cost logits for a while.
+"""The thought-switching penalty (TIP), a control: what ends a thought costs logits for a while.
 
 Knows token ids; not what they mean.
 """
@@ -29,11 +29,20 @@ class ThoughtSwitchingPenalty(LogitsProcessor):
         tokens: ids that are made less likely.
         start, end: the markers of thinking, as token sequences; without a start marker the first
             thought begins with the first new token.
+        new: for each row how many of the tokens that the call starts with are not of its prompt.
     """
 
     def __init__(
-        self, tokens: Sequence[int], *, penalty: float, span: int, start: Markers, end: Markers
+        self,
+        tokens: Sequence[int],
+        *,
+        penalty: float,
+        span: int,
+        start: Markers,
+        end: Markers,
+        new: Sequence[int],
     ) -> None:
+        self._new = new
         self._tokens, self._penalty, self._span = list(tokens), penalty, span
         self._start, self._end = tuple(start), tuple(end)
         self._switches = frozenset(tokens)
@@ -43,7 +52,7 @@ class ThoughtSwitchingPenalty(LogitsProcessor):
         """Scores `[rows, vocabulary]`, lower for the tokens in rows whose thought is young."""
         rows = input_ids.tolist()
         if not self._age:
-            self._age = [self._age_in(row) for row in rows]
+            self._age = [self._age_in(row, new) for row, new in zip(rows, self._new, strict=True)]
         else:
             self._age = [
                 self._next(age, row, len(row)) for age, row in zip(self._age, rows, strict=True)
@@ -55,11 +64,11 @@ class ThoughtSwitchingPenalty(LogitsProcessor):
             scores[at, torch.tensor(self._tokens, device=scores.device)] -= self._penalty
         return scores
 
-    def _age_in(self, row: list[int]) -> int | None:
+    def _age_in(self, row: list[int], new: int) -> int | None:
+        """The age after all of a row, gone through token by token."""
         age: int | None = None if self._start else 0
-        if self._start:
-            for length in range(1, len(row) + 1):
-                age = self._next(age, row, length)
+        for length in range(1 if self._start else len(row) - new + 1, len(row) + 1):
+            age = self._next(age, row, length)
         return age
 
     def _next(self, age: int | None, row: list[int], length: int) -> int | None:
