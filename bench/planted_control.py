@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_runtime.steering.evaluate import evaluate_steering
 
 import moe_runtime
 from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.steering.controls import Controls
+from moe_runtime.steering.evaluate import evaluate_steering
 from moe_runtime.steering.identify import identify
 from moe_runtime.steering.sampling import Sampling
 from moe_runtime.steering.tasks import Task

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bundled_model.puzzle_tasks import CHECKER, puzzles
-from moe_runtime.steering.evaluate import evaluate_steering
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_runtime
+from bundled_model.puzzle_tasks import CHECKER, puzzles
 from bundled_model.puzzles import Puzzle
 from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.steering.controls import Controls
 from moe_runtime.steering.cost_run import measure_cost
+from moe_runtime.steering.evaluate import evaluate_steering
 from moe_runtime.steering.evaluation import SteeringEvaluation, select_beta
 from moe_runtime.steering.files import read_steering, write_steering
 from moe_runtime.steering.identify import identify

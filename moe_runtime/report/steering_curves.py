@@ -160,7 +160,9 @@ def _bars(drawing: Drawing, axes: Axes, arms: tuple[Arm, ...], total: int) -> No
     left = np.zeros(len(arms))
     for name, look in looks.items():
         width = 100 * np.array([_samples(arm, name, total) for arm in arms]) / total
-        axes.barh(range(len(arms)), width, 0.66, left, label=name, linewidth=0.8, **look)
+        some = np.flatnonzero(width)  # a bar of no width would still have an edge
+        axes.barh(some, width[some], 0.66, left[some], linewidth=0.8, **look)
+        axes.barh([-9], [1], label=name, linewidth=0.8, **look)  # for the legend, out of sight
         left += width
     add_legend(drawing, axes)
 

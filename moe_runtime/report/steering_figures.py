@@ -129,7 +129,9 @@ def ranked(found: Identification) -> str:
         for place, one in zip(places, shown, strict=True):
             if one.stability is not None:
                 axes.text(
-                    *(1.01, place, f"{100 * one.stability:.0f} %"),
+                    1.01,
+                    float(place),
+                    f"{100 * one.stability:.0f} %",
                     transform=axes.get_yaxis_transform(),
                     va="center",
                     color=TEXT,
@@ -219,7 +221,8 @@ def costs(found: SteeringCost) -> str:
             for place, arm in zip(places, found.arms, strict=True):
                 value = scale * (arm.median(figure) or 0.0)
                 end = max(scale * (figure(one) or 0.0) for one in arm.rounds)
-                axes.text(*(end + 0.03 * most, place, form.format(value)), va="center", color=TEXT)
+                at = end + 0.03 * most
+                axes.text(at, float(place), form.format(value), va="center", color=TEXT)
             axes.set_xlim(0, most * 1.32 or 1.0)
             axes.set_title(title, fontsize=11, color=TEXT, loc="left")
             axes.set_xticks([])

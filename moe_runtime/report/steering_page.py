@@ -297,11 +297,12 @@ def _cost(found: SteeringCost) -> dict[str, Any]:
             ]
         )
     rounds = len(found.arms[0].rounds)
+    told = f"medians of {rounds} rounds in turns" if rounds > 1 else "one round"
     return {
         "name": f"{found.budget} of the experts" if "%" in found.budget else found.budget,
         "note": f"{count(found.slots)} of {count(found.all_experts)} experts in memory, policy "
         f"{found.policy}; {count(found.prompts)} prompts, {count(found.max_new_tokens)} new "
-        f"tokens at most, greedy, batch 1; medians of {rounds} rounds in turns. All arms but the "
+        f"tokens at most, greedy, batch 1; {told}. All arms but the "
         "last produce the tokens that the unsteered model chose.",
         "figures": present(
             Figure(

@@ -53,10 +53,11 @@ class SteeringParts:
         return next((one for _, one in self._models() if one), "")
 
     def _models(self) -> list[tuple[str, str]]:
-        models = [] if self.file is None else [self.file.model]
-        return [
-            (one.model_id, one.fingerprint) for one in (*models, *self.evaluations, *self.costs)
-        ]
+        models = [(one.model_id, one.fingerprint) for one in self.evaluations]
+        models += [(one.model_id, one.fingerprint) for one in self.costs]
+        if self.file is not None:
+            models.insert(0, (self.file.model.model_id, self.file.model.fingerprint))
+        return models
 
 
 def read_parts(paths: Sequence[str | Path]) -> SteeringParts:
@@ -88,11 +89,11 @@ def read_parts(paths: Sequence[str | Path]) -> SteeringParts:
         else:
             costs.append(SteeringCost.load(path))
             models.append((str(path), costs[-1].fingerprint))
-    known = [(path, fingerprint) for path, fingerprint in models if fingerprint]
-    for path, fingerprint in known[1:]:
+    known = [(name, fingerprint) for name, fingerprint in models if fingerprint]
+    for name, fingerprint in known[1:]:
         if fingerprint != known[0][1]:
             raise ConfigError(
-                f"{path} is of the model with fingerprint {fingerprint}, {known[0][0]} of "
+                f"{name} is of the model with fingerprint {fingerprint}, {known[0][0]} of "
                 f"{known[0][1]}; show files of one model on a page"
             )
     return SteeringParts(file=file, evaluations=tuple(evaluations), costs=tuple(costs))
