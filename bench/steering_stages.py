@@ -62,7 +62,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    name="full", responses=3000, bootstrap=500, problems=(300, 400, 300), samples=8, draws=3,
+    name="full", responses=3000, bootstrap=500, problems=(400, 600, 400), samples=4, draws=3,
     prompts=16, rounds=7, planted_samples=40, resamples=10_000,
 )  # fmt: skip
 QUICK = Sizes(

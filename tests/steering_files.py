@@ -49,7 +49,7 @@ def made_identification(layers: int = 6, experts: int = 32, seed: int = 0) -> Id
                 tied=1,
                 interval=(score - 0.1 - 0.01 * rank, score + 0.08),
                 stability=max(0.0, 0.97 - 0.2 * rank),
-                ranks=(float(max(1, rank - 1)), float(rank + 3)),
+                ranks=(max(1, rank - 1), rank + 3),
             )
         )
     plain = [_plain(one) for one in (scores, *maps)]
