@@ -6,32 +6,35 @@ they do is their own modules' business.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moe_runtime.errors import AttachError, ConfigError
-from moe_runtime.model_spec import MoELayer, MoESpec, read_spec
+from moe_runtime.model_spec import MoELayer, read_spec
 from moe_runtime.runtime import Runtime, runtime_of
 from moe_runtime.steering.experts_hook import ExpertsHook
 from moe_runtime.steering.factors import LayerFactors, UseCounter
-from moe_runtime.steering.files import read_steering
 from moe_runtime.steering.markers import marker_of
+from moe_runtime.steering.request import (
+    SteeringLike,
+    batch_size,
+    by_layer,
+    require_possible,
+    resolve,
+)
+from moe_runtime.steering.router_hook import RouterHook
 from moe_runtime.steering.rows import CallRows
+from moe_runtime.steering.separate_experts import SeparateExperts
+from moe_runtime.steering.slots import keep_in_slots
 from moe_runtime.steering.spans import ThinkingSpans
 from moe_runtime.steering.values import Beta, Method, Steering
 from moe_runtime.steps import Step, step_modules
 
-__all__ = ["SteeringHandle", "SteeringLike", "steer"]
-
-# What `betas` may be: also a list or an array of numbers for the rows of a batch.
-SteeringLike: TypeAlias = (
-    Steering | str | os.PathLike[str] | Mapping[tuple[int, int], Beta | Sequence[float]]
-)
+__all__ = ["SteeringHandle", "steer"]
 
 
 class SteeringHandle:
@@ -114,26 +117,24 @@ def steer(
     """
     runtime = _runtime_of(model)
     spec = runtime.spec if runtime is not None else read_spec(model)
-    asked = _resolve(steering, spec, method, renormalise, thinking)
-    _require_experts(asked, spec)
-    if asked.method != "multiply" or pin:
-        raise ConfigError("steer: only method='multiply' without pin=True is there so far")
-    if any(layer.modules for layer in spec.layers):
-        raise ConfigError("steer: experts that are modules of their own are not supported so far")
+    asked = resolve(steering, spec, method, renormalise, thinking)
+    require_possible(asked, spec)
     rows = CallRows(
-        batch=_batch(asked),
+        batch=batch_size(asked),
         new_spans=_new_spans(asked.thinking, tokenizer),
         runtime_step=lambda: _runtime_step(model),
     )
     with ExitStack() as undo:
         counters: dict[int, UseCounter] = {}
-        for layer, betas in _by_layer(asked, spec):
+        for layer, betas in by_layer(asked, spec):
             counters[layer.layer] = UseCounter(layer.num_experts)
             for hook in _install(model, layer, betas, asked, rows, counters[layer.layer]):
                 undo.callback(hook.remove)
         if counters:
             for hook in rows.install(step_modules(model)):
                 undo.callback(hook.remove)
+        if pin:
+            undo.enter_context(keep_in_slots(runtime, asked.betas))
         yield SteeringHandle(asked, rows, counters)
 
 
@@ -144,120 +145,27 @@ def _install(
     steering: Steering,
     rows: CallRows,
     uses: UseCounter,
-) -> Iterator[Any]:
+) -> Iterator[RemovableHandle]:
     """The hooks of one layer, each as soon as it is in."""
-    factors = LayerFactors(
-        layer.num_experts, betas, batch=rows.batch, renormalise=steering.renormalise
-    )
-    hook = ExpertsHook(layer.path, factors, rows, uses)
+    router = None
+    if steering.method == "logit_bias":
+        router = RouterHook(model, layer, betas, rows)
+        yield from router.install()
+    if layer.modules:
+        scaled = {} if router is not None else betas
+        separate = SeparateExperts(
+            layer, scaled, counted=betas, rows=rows, uses=uses, router=router
+        )
+        yield from separate.install(model)
+        return
+    factors = None
+    if router is None:
+        factors = LayerFactors(
+            layer.num_experts, betas, batch=rows.batch, renormalise=steering.renormalise
+        )
+    force = sorted(betas) if steering.method == "force" else ()
+    hook = ExpertsHook(layer.path, rows, uses, factors=factors, force=force, router=router)
     yield model.get_submodule(layer.path).register_forward_pre_hook(hook, with_kwargs=True)
-
-
-# -- what is asked for ------------------------------------------------------------------------
-
-
-def _resolve(
-    given: SteeringLike,
-    spec: MoESpec,
-    method: Method | None,
-    renormalise: bool | None,
-    thinking: tuple[str, str] | None,
-) -> Steering:
-    """One value of the forms that `steer` takes."""
-    if isinstance(given, Steering):
-        found = given
-    elif isinstance(given, str | os.PathLike):
-        file = read_steering(given)
-        file.check(spec)
-        found = file.steering
-    elif isinstance(given, Mapping):
-        found = Steering(betas={_name(name): _beta(name, beta) for name, beta in given.items()})
-    else:
-        raise ConfigError(
-            "steer takes {(layer, expert): beta}, a Steering or a steering file's path, found "
-            f"{type(given).__name__}"
-        )
-    changes: dict[str, Any] = {"method": method, "renormalise": renormalise, "thinking": thinking}
-    return replace(found, **{name: one for name, one in changes.items() if one is not None})
-
-
-def _name(name: Any) -> tuple[int, int]:
-    try:
-        layer, expert = name
-        return int(layer), int(expert)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"steer: {name!r:.80} names no expert; write {{(layer, expert): beta}}"
-        ) from error
-
-
-def _beta(name: Any, beta: Any) -> Beta:
-    try:
-        if isinstance(beta, Sequence) or getattr(beta, "ndim", 0):
-            return tuple(float(one) for one in beta)
-        return float(beta)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"steer: the beta of {name!r:.80} has to be a number, or one for each row of the "
-            f"batch, found {beta!r:.80}"
-        ) from error
-
-
-def _require_experts(steering: Steering, spec: MoESpec) -> None:
-    """ConfigError unless the model has all the experts."""
-    name = spec.model_id or spec.model_class
-    counts = dict(zip(spec.grid.layers, spec.grid.experts, strict=True))
-    for layer, expert in steering.betas:
-        if layer not in counts:
-            raise ConfigError(
-                f"steer: layer {layer} of {name} has no routed experts; those with experts are "
-                f"{_ranges(spec.grid.layers)}"
-            )
-        if not 0 <= expert < counts[layer]:
-            raise ConfigError(
-                f"steer: layer {layer} of {name} has {counts[layer]} experts, numbered from 0; "
-                f"found expert {expert}"
-            )
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`1-3, 7` for 1, 2, 3, 7."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
-
-
-def _batch(steering: Steering) -> int | None:
-    """Rows that betas are given for; None if no beta differs between rows.
-
-    Raises:
-        ConfigError: they are given for several numbers of rows.
-    """
-    sizes = {
-        len(beta): (layer, expert)
-        for (layer, expert), beta in steering.betas.items()
-        if isinstance(beta, tuple)
-    }
-    if len(sizes) > 1 or 0 in sizes:
-        found = ", ".join(f"{size} for {name}" for size, name in sorted(sizes.items()))
-        raise ConfigError(
-            f"steer: betas for the rows of a batch have to be as many for every expert, and at "
-            f"least one; found {found}"
-        )
-    return next(iter(sizes), None)
-
-
-def _by_layer(steering: Steering, spec: MoESpec) -> Iterator[tuple[MoELayer, dict[int, Beta]]]:
-    """The layers in which something is to be done, with the betas of their experts."""
-    for layer in spec.layers:
-        betas = {e: beta for (at, e), beta in steering.betas.items() if at == layer.layer}
-        flat = [b for beta in betas.values() for b in (beta if isinstance(beta, tuple) else [beta])]
-        if betas and (steering.method == "force" or any(beta != 1 for beta in flat)):
-            yield layer, betas
 
 
 def _new_spans(

@@ -7,6 +7,7 @@ runtime's included, gets the changed arguments. Knows the interface's call; not 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import nn
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.steering.factors import LayerFactors, UseCounter
+from moe_runtime.steering.forced import forced
+from moe_runtime.steering.router_hook import RouterHook
 from moe_runtime.steering.rows import CallRows
 
 __all__ = ["ExpertsHook"]
 
 # Of the interface's call: hidden states, index, weights; their names differ between classes.
-_INDEX, _WEIGHTS, _ARGUMENTS = 1, 2, 3
+_ARGUMENTS = 3
 
 
 class ExpertsHook:
@@ -27,22 +30,37 @@ class ExpertsHook:
 
     Args:
         path: of the module.
-        factors: of the layer.
         rows: of the call under way.
         uses: takes the choices.
+        factors: of the layer; None to leave the weights.
+        force: experts to put among the choices.
+        router: has to have run before each call; None if it need not.
     """
 
-    def __init__(self, path: str, factors: LayerFactors, rows: CallRows, uses: UseCounter) -> None:
+    def __init__(
+        self,
+        path: str,
+        rows: CallRows,
+        uses: UseCounter,
+        *,
+        factors: LayerFactors | None,
+        force: Sequence[int] = (),
+        router: RouterHook | None = None,
+    ) -> None:
         self._path = path
-        self._factors = factors
         self._rows = rows
         self._uses = uses
+        self._factors = factors
+        self._force = tuple(force)
+        self._router = router
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Replace the weights."""
+        """Replace choices and weights; None for no change."""
+        if self._router is not None:
+            self._router.require_ran(forget=True)
         rows = self._rows
         if rows.active is False:
             return None
@@ -57,8 +75,12 @@ class ExpertsHook:
             )
         active = rows.steered(len(index), self._path)
         some = active if isinstance(active, torch.Tensor) else None
+        if self._force:
+            index = forced(index, weights, self._force, some)
         self._uses.add(index if some is None else index[some.to(index.device)])
-        return (hidden, index, self._factors.apply(index, weights, some, rows.owner)), {}
+        if self._factors is not None:
+            weights = self._factors.apply(index, weights, some, rows.owner)
+        return (hidden, index, weights), {}
 
 
 def _in_order(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -39,6 +39,10 @@ class UseCounter:
         if len(self._pending) >= _PENDING or self._elements > _PENDING_ELEMENTS:
             self._flush()
 
+    def add_count(self, expert: int, count: int) -> None:
+        """So many uses of an expert."""
+        self._counts[expert] += count
+
     def of(self, expert: int) -> int:
         """Uses of an expert so far."""
         self._flush()
@@ -75,11 +79,6 @@ class LayerFactors:
         self._by_row = batch is not None
         self._table = table if self._by_row else table[0]
         self._renormalise = renormalise
-
-    @property
-    def changes(self) -> bool:
-        """Whether there is a beta that is not 1."""
-        return bool((self._table != 1).any())
 
     def apply(
         self,

@@ -54,6 +54,11 @@ class CallRows:
         """Positions inside thinking spans so far, of each row of the last call."""
         return self._last_spans.counts if self._last_spans is not None else ()
 
+    @property
+    def only_padding(self) -> bool:
+        """Whether rows are treated alike but for padding."""
+        return self.batch is None and self._new_spans is None
+
     def install(self, modules: list[nn.Module]) -> list[RemovableHandle]:
         """Hook into the modules of `steps.step_modules`."""
         return [one.register_forward_pre_hook(self._begin, with_kwargs=True) for one in modules]
@@ -71,7 +76,7 @@ class CallRows:
             found = "no forward call of the model was seen"
         elif len(known) == rows:
             return self.active
-        elif self.batch is None and self._new_spans is None:
+        elif self.only_padding:
             return None  # which of them are padding cannot be told
         else:
             found = f"the model's call has {len(known)}"
@@ -82,7 +87,7 @@ class CallRows:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.batch is None and self._new_spans is None:
+        if self.only_padding:
             ids = kwargs.get("input_ids")
             if ids is not None and ids.numel() == 1:  # a decode step of one sequence: no padding
                 self.active = None
