@@ -34,6 +34,7 @@ __all__ = ["find"]
 
 PAPER_BETA = 64.0
 _SHOWN = 10
+_FEW = 20  # sequences
 
 
 def _token(text: str) -> tuple[str, float]:
@@ -172,7 +173,7 @@ def find(  # noqa: PLR0913, PLR0917  the command's options
                 }
             )
         else:
-            _print(found, beta=beta, out=out, picture=picture)
+            _print(found, tokenizer, beta=beta, out=out, picture=picture)
 
 
 @contextmanager
@@ -198,7 +199,14 @@ def _progress() -> Iterator[Progress]:
         yield tell
 
 
-def _print(found: Identification, *, beta: float, out: Path | None, picture: Path | None) -> None:
+def _print(
+    found: Identification,
+    tokenizer: str,
+    *,
+    beta: float,
+    out: Path | None,
+    picture: Path | None,
+) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -212,23 +220,22 @@ def _print(found: Identification, *, beta: float, out: Path | None, picture: Pat
     )
     for one in found.tokens:
         console.print(
-            f"{one.coefficient:+g} x {escape(one.text)}: {one.occurrences:,} times in "
+            f"{one.coefficient:+g} x nPMI({escape(one.text)}): {one.occurrences:,} times in "
             f"{one.sequences:,} sequences"
         )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    names = ["rank", "layer", "expert", "score"]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    names = ["#", "layer", "expert", "score"]
     if found.bootstrap:
         names += [f"{found.level:.0%} interval", "in top", "ranks"]
-    names += [f"nPMI {escape(one.text)}" for one in found.tokens]
-    names += [*(f"with {escape(one.text)}" for one in found.tokens), "uses"]
+    names += [*(escape(one.text) for one in found.tokens), "uses"]
     for name in names:
         table.add_column(name, justify="right")
     shown = found.ranked[: max(found.top, _SHOWN)]
-    for rank, one in enumerate(shown, 1):
-        style = "bold" if rank <= found.top else "dim" if one.tied == 1 else ""
-        table.add_row(*_cells(one, rank, bootstrap=bool(found.bootstrap)), style=style)
+    for rank, expert in enumerate(shown, 1):
+        cells = _cells(expert, rank, bootstrap=bool(found.bootstrap))
+        table.add_row(*cells, style="bold" if rank <= found.top else "")
     console.print(table)
-    for line in _remarks(found):
+    for line in _remarks(found, tokenizer):
         console.print(line)
     if out is not None:
         console.print(f"wrote {escape(str(out))}: the first {found.top} with beta {beta:g}")
@@ -237,23 +244,34 @@ def _print(found: Identification, *, beta: float, out: Path | None, picture: Pat
 
 
 def _cells(one: RankedExpert, rank: int, *, bootstrap: bool) -> list[str]:
-    cells = [str(rank), str(one.layer), str(one.expert), f"{one.score:.4f}"]
+    cells = [str(rank), str(one.layer), str(one.expert), f"{one.score:.3f}"]
     if one.tied > 1:
         cells[3] += f" ({one.tied} tie)"
     if bootstrap and one.interval is not None and one.ranks is not None:
         cells += [
-            f"{one.interval[0]:.3f} to {one.interval[1]:.3f}",
+            f"{one.interval[0]:.2f} to {one.interval[1]:.2f}",
             f"{one.stability:.0%}",
-            f"{one.ranks[0]:.0f} to {one.ranks[1]:.0f}",
+            f"{one.ranks[0]}-{one.ranks[1]}",
         ]
-    cells += [f"{value:.3f}" for value in one.npmi]
-    return [*cells, *(f"{count:,}" for count in one.joint), f"{one.uses:,}"]
+    pairs = zip(one.npmi, one.joint, strict=True)
+    return [*cells, *(f"{value:.3f} ({rows:,})" for value, rows in pairs), f"{one.uses:,}"]
 
 
-def _remarks(found: Identification) -> list[str]:
+def _remarks(found: Identification, tokenizer: str) -> list[str]:
     """What to know about the ranking."""
+    from rich.markup import escape
+
+    # What the markers' columns hold is said here, since their headers are the markers.
     bar = f"at least {found.least_joint} marker rows and {found.least_uses} uses"
-    lines = [f"{found.rankable:,} of {sum(found.experts):,} experts ranked: {bar}"]
+    lines = []
+    given = Path(tokenizer).name
+    if found.tokenizer_id and Path(found.tokenizer_id).name != given:
+        lines.append(
+            f"recorded with the tokenizer {escape(found.tokenizer_id)}, read with {escape(given)}: "
+            "see that they are one"
+        )
+    ranked = f"{found.rankable:,} of {sum(found.experts):,} experts ranked ({bar})"
+    lines.append(f"{ranked}; under a marker: nPMI (rows with both)")
     if found.tied_out:
         lines.append(
             f"{found.tied_out} experts more have the score of the last chosen one; chosen by joint "
@@ -261,7 +279,9 @@ def _remarks(found: Identification) -> list[str]:
         )
     if not found.bootstrap:
         lines.append("no intervals: no bootstrap" + (", one sequence" * (found.sequences < 2)))
-    elif found.redrawn:
+    elif found.sequences < _FEW:
+        lines.append(f"{found.sequences} sequences are few: intervals and ranks are rough")
+    if found.redrawn:
         lines.append(
             f"{found.redrawn} resamples lacked a marker and were drawn again: its count is small"
         )

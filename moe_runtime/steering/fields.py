@@ -6,12 +6,23 @@ Knows JSON's kinds; does not know what a field means.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_runtime.errors import ConfigError
 
-__all__ = ["flag", "number", "objects", "section", "text", "whole", "whole_list"]
+__all__ = [
+    "finite",
+    "flag",
+    "items",
+    "number",
+    "objects",
+    "section",
+    "take",
+    "text",
+    "whole",
+    "whole_list",
+]
 
 
 def take(data: Any, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
@@ -65,9 +76,15 @@ def section(data: Any, name: str) -> Mapping[str, Any]:
     return found
 
 
-def objects(data: Any, name: str) -> list[Mapping[str, Any]]:
+def items(data: Any, name: str) -> Sequence[Any]:
+    """A list."""
+    found: Sequence[Any] = take(data, name, (list, tuple), "a list")
+    return found
+
+
+def objects(data: Any, name: str) -> Sequence[Mapping[str, Any]]:
     """A list of objects."""
-    found: list[Any] = take(data, name, list, "a list")
+    found = items(data, name)
     for item in found:
         if not isinstance(item, dict):
             raise ConfigError(f"field {name!r} has to be a list of objects, found {item!r:.80}")
@@ -76,7 +93,7 @@ def objects(data: Any, name: str) -> list[Mapping[str, Any]]:
 
 def whole_list(data: Any, name: str) -> tuple[int, ...]:
     """A list of whole numbers of at least 0."""
-    found = take(data, name, list, "a list")
+    found = items(data, name)
     for item in found:
         if type(item) is not int or item < 0:
             raise ConfigError(

@@ -65,7 +65,7 @@ class RankedExpert:
     tied: int
     interval: Interval | None = None
     stability: float | None = None
-    ranks: Interval | None = None
+    ranks: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Identification:
         """
         experts = fields.whole_list(data, "experts")
         tokens = tuple(_token(item) for item in fields.objects(data, "tokens"))
-        maps = fields.take(data, "npmi", list, "a list")
+        maps = fields.items(data, "npmi")
         if len(maps) != len(tokens):
             raise ConfigError(f"field 'npmi' has {len(maps)} maps for {len(tokens)} tokens")
         layer_ids = fields.whole_list(data, "layer_ids")
@@ -151,28 +151,29 @@ class Identification:
             raise ConfigError(
                 f"field 'experts' names {len(experts)} layers, 'layer_ids' {len(layer_ids)}"
             )
-        traces = fields.take(data, "traces", (list, tuple), "a list of texts")
-        whole = {
+        traces = fields.items(data, "traces")
+        whole: dict[str, Any] = {
             name: fields.whole(data, name)
             for name in (
                 *("top", "rows", "sequences", "unknown_rows", "least_joint", "least_uses"),
                 *("rankable", "tied_out", "bootstrap", "redrawn", "seed"),
             )
         }
+        ranked = tuple(_ranked(item, len(tokens)) for item in fields.objects(data, "ranked"))
+        _require_there(ranked, whole["top"], dict(zip(layer_ids, experts, strict=True)))
         return cls(
             tokens=tokens,
-            ranked=tuple(_ranked(item, len(tokens)) for item in fields.objects(data, "ranked")),
+            ranked=ranked,
             layer_ids=layer_ids,
             experts=experts,
-            scores=_map(fields.take(data, "scores", list, "a list"), "scores", experts),
+            scores=_map(fields.items(data, "scores"), "scores", experts),
             npmi=tuple(_map(one, "npmi", experts) for one in maps),
             prompt=fields.flag(data, "prompt"),
             level=fields.number(data, "level"),
             traces=tuple(str(one) for one in traces),
-            **{
-                name: fields.text(data, name)
-                for name in ("model_id", "fingerprint", "tokenizer_id")
-            },
+            model_id=fields.text(data, "model_id"),
+            fingerprint=fields.text(data, "fingerprint"),
+            tokenizer_id=fields.text(data, "tokenizer_id"),
             **whole,
         )
 
@@ -185,7 +186,7 @@ def _as_array(rows: LayerMap, experts: tuple[int, ...]) -> FloatArray:
 
 
 def _token(data: Mapping[str, Any]) -> TokenClass:
-    variants = fields.take(data, "variants", list, "a list of lists")
+    variants = fields.items(data, "variants")
     return TokenClass(
         text=fields.text(data, "text"),
         coefficient=fields.number(data, "coefficient"),
@@ -196,7 +197,7 @@ def _token(data: Mapping[str, Any]) -> TokenClass:
 
 
 def _ranked(data: Mapping[str, Any], tokens: int) -> RankedExpert:
-    npmi = fields.take(data, "npmi", list, "a list of numbers")
+    npmi = fields.items(data, "npmi")
     joint = fields.whole_list(data, "joint")
     if len(npmi) != tokens or len(joint) != tokens:
         raise ConfigError(
@@ -214,25 +215,46 @@ def _ranked(data: Mapping[str, Any], tokens: int) -> RankedExpert:
         tied=fields.whole(data, "tied", least=1),
         interval=_interval(data, "interval"),
         stability=None if share is None else fields.finite(share, "stability"),
-        ranks=_interval(data, "ranks"),
+        ranks=_ranks(data),
     )
+
+
+def _require_there(ranked: tuple[RankedExpert, ...], top: int, counts: Mapping[int, int]) -> None:
+    """ConfigError unless the choice is among the ranked and all of these are the model's."""
+    if not 1 <= top <= len(ranked):
+        raise ConfigError(f"field 'top' is {top}, but {len(ranked)} experts are ranked")
+    for one in ranked:
+        if one.expert >= counts.get(one.layer, 0):
+            raise ConfigError(
+                f"field 'ranked' names expert {one.expert} of layer {one.layer}, which has "
+                f"{counts.get(one.layer, 0)}"
+            )
 
 
 def _interval(data: Mapping[str, Any], name: str) -> Interval | None:
     if data.get(name) is None:
         return None
-    ends = fields.take(data, name, list, "null or two numbers")
+    ends = fields.items(data, name)
     if len(ends) != 2:
         raise ConfigError(f"field {name!r} has to be null or two numbers, found {ends!r:.80}")
     return fields.finite(ends[0], name), fields.finite(ends[1], name)
 
 
+def _ranks(data: Mapping[str, Any]) -> tuple[int, int] | None:
+    if data.get("ranks") is None:
+        return None
+    ends = fields.whole_list(data, "ranks")
+    if len(ends) != 2:
+        raise ConfigError(f"field 'ranks' has to be null or two ranks, found {ends!r:.80}")
+    return ends[0], ends[1]
+
+
 def _map(rows: Any, name: str, experts: tuple[int, ...]) -> LayerMap:
     """Layers x experts of numbers or null."""
-    if not isinstance(rows, list) or len(rows) != len(experts):
+    if not isinstance(rows, list | tuple) or len(rows) != len(experts):
         raise ConfigError(f"field {name!r} has to be a list for each of {len(experts)} layers")
     for at, (row, count) in enumerate(zip(rows, experts, strict=True)):
-        if not isinstance(row, list) or len(row) != count:
+        if not isinstance(row, list | tuple) or len(row) != count:
             raise ConfigError(f"field {name!r}: row {at} has to have {count} numbers")
     return tuple(
         tuple(None if value is None else fields.finite(value, name) for value in row)

@@ -13,30 +13,30 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_runtime.core import FloatArray, IntArray
+from moe_runtime.core import FloatArray
 from moe_runtime.errors import ConfigError, TraceError
 from moe_runtime.steering.identification import (
     Identification,
     LayerMap,
-    RankedExpert,
     TokenClass,
 )
 from moe_runtime.steering.markers import Marker, marker_of
 from moe_runtime.steering.npmi import Tally
+from moe_runtime.steering.ranking import Scored, ranked_experts, score
 from moe_runtime.steering.recordings import Counted, counted_rows, open_recordings
 from moe_runtime.trace import PathLike, RoutingTrace
 from moe_runtime.trace_reader import TraceReader
 
-__all__ = ["LISTED", "PAPER_TOKENS", "Progress", "identify", "ranking"]
+__all__ = ["LISTED", "PAPER_TOKENS", "Progress", "identify"]
 
 # RICE prefers starting a thought over ending it or switching to another.
 PAPER_TOKENS: Mapping[str, float] = MappingProxyType(
     {"<think>": 1.0, "</think>": -1.0, "Alternatively": -1.0}
 )
 LISTED = 20  # experts in `ranked` at least, chosen or not
-_SAME = 12  # decimals at which two scores are one
 _MAP_DECIMALS = 6
-_BLOCK_BYTES = 64 << 20  # of counts by sequence, for as many sequences as a block can have
+_BLOCK_ROWS, _LEAST_ROWS = 8192, 256
+_BLOCK_BYTES = 64 << 20  # of counts by sequence, as many sequences as a block can have
 
 Source: TypeAlias = RoutingTrace | PathLike
 Progress: TypeAlias = Callable[[int, int], None]
@@ -67,7 +67,7 @@ class _Options:
 
 def identify(
     trace: Source | Sequence[Source],
-    tokens: Mapping[str | Marker, float] = PAPER_TOKENS,  # type: ignore[assignment]
+    tokens: Mapping[str, float] | Mapping[Marker, float] = PAPER_TOKENS,
     top: int = 2,
     *,
     tokenizer: Any = None,
@@ -135,11 +135,12 @@ def identify(
     draws, redrawn = _draws(counted, options)
     tally = Tally(readers[0].grid, len(markers), draws)
     _count(readers, counted, tally, progress)
-    return _identification(readers, markers, weights, counted, tally, options, redrawn)
+    classes = _classes(markers, weights, counted)
+    return _identification(readers, classes, counted, tally, options, redrawn)
 
 
 def _markers(
-    tokens: Mapping[str | Marker, float], tokenizer: Any
+    tokens: Mapping[str, float] | Mapping[Marker, float], tokenizer: Any
 ) -> tuple[list[Marker], FloatArray]:
     """The markers and their coefficients, float64 `[M]`."""
     if not tokens:
@@ -188,7 +189,8 @@ def _count(
 ) -> None:
     """Read all routing once, block by block."""
     grid = readers[0].grid
-    rows = max(256, min(8192, _BLOCK_BYTES // (8 * max(grid.size, 1))))
+    fitting = _BLOCK_BYTES // (8 * grid.size)  # sequences
+    rows = _BLOCK_ROWS if counted.sequences <= fitting else max(_LEAST_ROWS, fitting)
     total, before = sum(len(reader) for reader in readers), 0
     for reader in readers:
         for start, block in reader.blocks(rows):
@@ -201,87 +203,32 @@ def _count(
         before += len(reader)
 
 
-def ranking(scores: FloatArray, joint: FloatArray | IntArray, rankable: IntArray) -> IntArray:
-    """The experts `rankable`, best first: by score, then joint count, then number.
-
-    Args:
-        scores, joint: `[experts]`.
-        rankable: dense indices, ascending.
-    """
-    keys = (rankable, -joint[rankable], -np.round(scores[rankable], _SAME))
-    order: IntArray = rankable[np.lexsort(keys)]
-    return order
-
-
 def _identification(
     readers: Sequence[TraceReader],
-    markers: Sequence[Marker],
-    weights: FloatArray,
+    classes: tuple[TokenClass, ...],
     counted: Counted,
     tally: Tally,
     options: _Options,
     redrawn: int,
 ) -> Identification:
     """Scores, ranking and intervals from the counts."""
-    grid = readers[0].grid
-    values = tally.npmi()
-    scores: FloatArray = weights @ values
-    telling = weights > 0 if (weights > 0).any() else weights < 0
-    joint = tally.joint[telling].sum(axis=0)
-    seen = (tally.marked > 0).all(axis=0)
-    rankable = np.flatnonzero(
-        seen & (joint >= options.least_joint) & (tally.uses >= options.least_uses)
-    )
-    if len(rankable) < options.top:
-        raise TraceError(
-            f"{len(rankable)} experts have {options.least_joint} rows with the markers and "
-            f"{options.least_uses} uses (most have {int(joint.max(initial=0))} and "
-            f"{int(tally.uses.max(initial=0))}), {options.top} are to be chosen; record more "
-            "responses, or lower least_joint or least_uses"
-        )
-    order = ranking(scores, joint, rankable)
-    shown = order[: max(options.top, LISTED)]
-    # `seen` may differ from layer to layer, never within one.
-    stable = _replicates(tally, weights, telling, rankable, shown, options)
-    rounded = np.round(scores, _SAME)
-    ranked = []
-    for at, index in enumerate(shown.tolist()):
-        name = grid.expert_id(index)
-        ranked.append(
-            RankedExpert(
-                layer=name.layer,
-                expert=name.expert,
-                score=float(scores[index]),
-                npmi=tuple(values[:, index].tolist()),
-                joint=tuple(tally.joint[:, index].tolist()),
-                uses=int(tally.uses[index]),
-                tied=int((rounded[rankable] == rounded[index]).sum()),
-                **({} if stable is None else stable[at]),
-            )
-        )
-    last = rounded[order[options.top - 1]]
-    like = readers[0].like
+    like, grid, top = readers[0].like, readers[0].grid, options.top
+    weights = np.array([one.coefficient for one in classes])
+    scored = score(tally, weights, least_joint=options.least_joint, least_uses=options.least_uses)
+    _require_enough(scored, tally, options)
+    tied = scored.tied(int(scored.order[top - 1]))
     return Identification(
-        tokens=tuple(
-            TokenClass(
-                text=marker.text,
-                coefficient=float(weight),
-                variants=marker.variants,
-                occurrences=int(rows.sum()),
-                sequences=int(inside.sum()),
-            )
-            for marker, weight, rows, inside in zip(
-                markers, weights, counted.marked, counted.with_marker, strict=True
-            )
+        tokens=classes,
+        top=top,
+        ranked=ranked_experts(
+            scored, tally, weights, grid, top=top, listed=max(top, LISTED), level=options.level
         ),
-        top=options.top,
-        ranked=tuple(ranked),
         layer_ids=grid.layers,
         experts=grid.experts,
-        scores=_layer_map(scores, np.isin(np.arange(grid.size), rankable), grid.experts),
+        scores=_layer_map(scored.scores, np.isin(np.arange(grid.size), scored.order), grid.experts),
         npmi=tuple(
             _layer_map(row, known > 0, grid.experts)
-            for row, known in zip(values, tally.marked, strict=True)
+            for row, known in zip(scored.npmi, tally.marked, strict=True)
         ),
         rows=int(counted.keep.sum()),
         sequences=counted.sequences,
@@ -289,9 +236,9 @@ def _identification(
         prompt=options.prompt,
         least_joint=options.least_joint,
         least_uses=options.least_uses,
-        rankable=len(rankable),
-        tied_out=int((rounded[order[options.top :]] == last).sum()),
-        bootstrap=0 if stable is None else options.bootstrap,
+        rankable=len(scored.order),
+        tied_out=int((tied >= top).sum()),
+        bootstrap=tally.replicates,
         redrawn=redrawn,
         level=options.level,
         seed=options.seed,
@@ -302,39 +249,32 @@ def _identification(
     )
 
 
-def _replicates(
-    tally: Tally,
-    weights: FloatArray,
-    telling: NDArray[np.bool_],
-    rankable: IntArray,
-    shown: IntArray,
-    options: _Options,
-) -> list[dict[str, Any]] | None:
-    """For each expert of `shown` its interval, stability and ranks; None without bootstrap."""
-    count = tally.replicates
-    if not count:
-        return None
-    scores = np.empty((count, len(shown)))
-    ranks = np.empty((count, len(shown)), np.int64)
-    place = np.empty(len(tally.uses), np.int64)
-    for number in range(count):
-        values, joint = tally.replicate(number)
-        found: FloatArray = weights @ values
-        order = ranking(found, joint[telling].sum(axis=0), rankable)
-        place[order] = np.arange(1, len(order) + 1)
-        scores[number], ranks[number] = found[shown], place[shown]
-    ends = (0.5 - options.level / 2, 0.5 + options.level / 2)
-    low, high = np.quantile(scores, ends, axis=0)
-    # Of ranks whole numbers: those that were seen.
-    first, last = np.quantile(ranks, ends, axis=0, method="nearest")
-    return [
-        {
-            "interval": (float(low[at]), float(high[at])),
-            "stability": float((ranks[:, at] <= options.top).mean()),
-            "ranks": (float(first[at]), float(last[at])),
-        }
-        for at in range(len(shown))
-    ]
+def _require_enough(scored: Scored, tally: Tally, options: _Options) -> None:
+    """TraceError unless as many experts can be ranked as are to be chosen."""
+    if len(scored.order) < options.top:
+        raise TraceError(
+            f"{len(scored.order)} experts have {options.least_joint} rows with the markers and "
+            f"{options.least_uses} uses (the most that one has: {int(scored.joint.max())} and "
+            f"{int(tally.uses.max())}), but {options.top} are to be chosen; record more "
+            "responses, or lower least_joint or least_uses"
+        )
+
+
+def _classes(
+    markers: Sequence[Marker], weights: FloatArray, counted: Counted
+) -> tuple[TokenClass, ...]:
+    """The markers as they were counted."""
+    parts = zip(markers, weights.tolist(), counted.marked, counted.with_marker, strict=True)
+    return tuple(
+        TokenClass(
+            text=marker.text,
+            coefficient=weight,
+            variants=marker.variants,
+            occurrences=int(rows.sum()),
+            sequences=int(inside.sum()),
+        )
+        for marker, weight, rows, inside in parts
+    )
 
 
 def _layer_map(values: FloatArray, known: NDArray[np.bool_], experts: tuple[int, ...]) -> LayerMap:

@@ -65,10 +65,12 @@ def open_recordings(
     given = (
         [trace] if isinstance(trace, RoutingTrace | str) or hasattr(trace, "__fspath__") else trace
     )
-    readers = [TraceReader(one) for one in given]  # type: ignore[arg-type,union-attr]
+    readers = [TraceReader(one) for one in given]
     if not readers:
         raise TraceError("no recordings: give one trace at least")
     for number, reader in enumerate(readers):
+        if not reader.grid.size:
+            raise TraceError(f"{reader.name}: has no MoE layers, so no experts to rank")
         name = reader.name if len(readers) == 1 else f"{reader.name} (number {number + 1})"
         _require_model(reader, readers[0], fingerprint, name)
         _require_tokens(reader, tokenizer, name)
@@ -147,12 +149,12 @@ def counted_rows(
         if not (marked[number] & keep).any():
             raise _absent(marker, len(rows), tokens[keep], prompt=prompt, tokenizer=tokenizer)
     marked &= keep
-    numbers, inside = np.unique(every[keep], return_inverse=True)
+    numbers, places = np.unique(every[keep], return_inverse=True)
     sequence = np.zeros(len(tokens), np.int64)
-    sequence[keep] = inside
+    sequence[keep] = places
     with_marker = np.zeros((len(markers), len(numbers)), np.bool_)
-    for number, rows in enumerate(marked):
-        with_marker[number, sequence[rows]] = True
+    for inside, ends in zip(with_marker, marked, strict=True):
+        inside[sequence[ends]] = True
     return Counted(
         keep=keep,
         sequence=sequence,
