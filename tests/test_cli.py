@@ -85,6 +85,13 @@ SURFACE = {
     "plan show": {"PLAN", "--out"},
     "plan compare": {"PLAN...", "--trace"},
     "report": {"RUN.json", "--out", "--trace"},
+    "steer eval": {
+        *("MODEL", "--tasks", "--steer", "--out", "--beta", "--samples", "--controls", "--draws"),
+        *("--trace", "--prompt-text", "--prompt-place", "--tip-token", "--tip-penalty"),
+        *("--tip-span", "--thinking-only", "--thinking", "--max-new-tokens", "--temperature"),
+        *("--top-p", "--top-k", "--seed", "--batch-size", "--chat", "--expert-budget", "--device"),
+        *("--policy", "--dtype", "--revision", "--subfolder", "--variant", "--local-files-only"),
+    },
     "steer find": {
         *("TRACE...", "--tokenizer", "--token", "--top", "--beta", "--prompt", "--least-joint"),
         *("--least-uses", "--bootstrap", "--seed", "--picture", "--out", "--revision"),

@@ -115,7 +115,7 @@ steering.plain    |                                        |
 steering.evaluation | steering.plain                       |
 steering.tasks    |                                        |
 steering.statistics |                                      | numpy
-steering.journal  |                                        |
+steering.journal  | steering.outcomes steering.plain       |
 steering.*        | trace trace_reader routing_counts version model_spec expert_modules module_routing steps cache executor runtime \
                     steering.*                             | torch numpy transformers
 token_choice      |                                        | torch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from moe_runtime.cli.steer_eval import evaluate
 from moe_runtime.cli.steer_find import find
 
 __all__ = ["steer"]
@@ -27,3 +28,4 @@ def _root() -> None:
 
 # A new command is one file and one line.
 steer.command("find")(find)
+steer.command("eval")(evaluate)
