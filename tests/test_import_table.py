@@ -116,8 +116,9 @@ steering.evaluation | steering.plain                       |
 steering.tasks    |                                        |
 steering.statistics |                                      | numpy
 steering.journal  | steering.outcomes steering.plain       |
-steering.*        | trace trace_reader routing_counts version model_spec expert_modules module_routing steps cache executor runtime \
-                    steering.*                             | torch numpy transformers
+steering.*        | trace trace_reader routing_counts version model_spec expert_modules \
+                    module_routing steps cache executor runtime steering.* \
+                                                           | torch numpy transformers
 token_choice      |                                        | torch
 prompt_state      | token_choice                           | torch
 sequence_caches   |                                        | torch transformers

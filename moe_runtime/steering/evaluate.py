@@ -171,7 +171,8 @@ def _require_possible(
         raise ConfigError(f"thinking that starts with {thinking[0]!r} needs an end marker too")
 
 
-def _spec(model: Any) -> MoESpec:
+def spec_of(model: Any) -> MoESpec:
+    """The structure of a model, attached to a runtime or not."""
     try:
         return runtime_of(model).spec
     except AttachError:
