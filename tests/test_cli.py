@@ -90,6 +90,13 @@ SURFACE = {
         *("--max-new-tokens", "--rounds", "--pin", "--dtype", "--revision"),
         *("--subfolder", "--variant", "--local-files-only", "--out"),
     },
+    "steer eval": {
+        *("MODEL", "--tasks", "--steer", "--out", "--beta", "--samples", "--controls", "--draws"),
+        *("--trace", "--prompt-text", "--prompt-place", "--tip-token", "--tip-penalty"),
+        *("--tip-span", "--thinking-only", "--thinking", "--max-new-tokens", "--temperature"),
+        *("--top-p", "--top-k", "--seed", "--batch-size", "--chat", "--expert-budget", "--device"),
+        *("--policy", "--dtype", "--revision", "--subfolder", "--variant", "--local-files-only"),
+    },
     "steer find": {
         *("TRACE...", "--tokenizer", "--token", "--top", "--beta", "--prompt", "--least-joint"),
         *("--least-uses", "--bootstrap", "--seed", "--picture", "--out", "--revision"),

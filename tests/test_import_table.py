@@ -121,11 +121,11 @@ runtime           | ABOVE                                  | torch numpy transfo
 steering.picture  | steering.identification                | numpy matplotlib
 steering.tasks    |                                        |
 steering.statistics |                                      | numpy
-steering.journal  |                                        |
+steering.journal  | steering.outcomes steering.plain       |
 steering.cost_run | run_record runtime steering.* trace version | torch transformers
 steering.*        | trace trace_reader routing_counts version model_spec expert_modules \
-                    module_routing steps cache executor runtime \
-                    steering.*                             | torch numpy transformers
+                    module_routing steps cache executor runtime steering.* \
+                                                           | torch numpy transformers
 token_choice      |                                        | torch
 prompt_state      | token_choice                           | torch
 sequence_caches   |                                        | torch transformers

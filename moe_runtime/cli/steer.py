@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from moe_runtime.cli.steer_cost import cost
+from moe_runtime.cli.steer_eval import evaluate
 from moe_runtime.cli.steer_find import find
 
 __all__ = ["steer"]
@@ -29,3 +30,4 @@ def _root() -> None:
 # A new command is one file and one line.
 steer.command("find")(find)
 steer.command("cost")(cost)
+steer.command("eval")(evaluate)

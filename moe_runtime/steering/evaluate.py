@@ -30,7 +30,7 @@ from moe_runtime.steering.tasks import Task, tasks_digest
 from moe_runtime.steering.values import Steering
 from moe_runtime.version import __version__
 
-__all__ = ["evaluate_steering"]
+__all__ = ["evaluate_steering", "spec_of"]
 
 
 def evaluate_steering(  # noqa: PLR0913  what an evaluation is made of
@@ -85,7 +85,7 @@ def evaluate_steering(  # noqa: PLR0913  what an evaluation is made of
     """
     sampling, controls = sampling or Sampling(), controls or Controls()
     _require_possible(model, tasks, samples, batch_size, sampling, thinking)
-    spec = _spec(model)
+    spec = spec_of(model)
     arms = plan_arms(steering, betas, controls, grid=spec.grid, seed=sampling.seed, counts=counts)
     settings = EvaluationSettings(
         tasks=tasks_name,
@@ -171,7 +171,8 @@ def _require_possible(
         raise ConfigError(f"thinking that starts with {thinking[0]!r} needs an end marker too")
 
 
-def _spec(model: Any) -> MoESpec:
+def spec_of(model: Any) -> MoESpec:
+    """The structure of a model, attached to a runtime or not."""
     try:
         return runtime_of(model).spec
     except AttachError:
