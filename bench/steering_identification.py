@@ -146,7 +146,6 @@ def large(folder: Path, tokens: int, runs: int) -> list[dict[str, Any]]:
         make_trace(path, tokens, phase)
         for bootstrap in (0, 200):
             results = [in_child(path, bootstrap, cold=not run) for run in range(runs)]
-            assert all(result["first"] == list(PLANTED) for result in results)
             row = {
                 "rows in order": name,
                 "tokens": tokens,
@@ -157,7 +156,7 @@ def large(folder: Path, tokens: int, runs: int) -> list[dict[str, Any]]:
                 "peak_bytes": max(result["peak_bytes"] for result in results),
                 "peak_bytes_of_imports": results[0]["peak_bytes_of_imports"],
                 "sequences": results[0]["sequences"],
-                "planted_found_first": True,
+                "planted_found_first": all(r["first"] == list(PLANTED) for r in results),
                 "stability": results[0]["stability"],
             }
             rows.append(row)

@@ -71,7 +71,7 @@ betas = st.floats(0, 1e6) | st.lists(st.floats(0, 1e6), min_size=1, max_size=3).
 def test_every_steering_comes_back(tmp_path_factory: Any, **given_: Any) -> None:
     steering = Steering(betas=given_.pop("steered"), **given_)
     path = write_steering(
-        tmp_path_factory.mktemp("steer") / "a.steer.json",
+        tmp_path_factory.getbasetemp() / "every.steer.json",
         steering,
         model=SteeredModel(layer_ids=(1, 2, 3), experts=(3, 3, 3)),
     )
@@ -145,7 +145,7 @@ def test_what_is_no_steer_file(tmp_path: Path, content: bytes, text: str) -> Non
 @given(data=st.data())
 def test_a_cut_or_twisted_file_is_refused_or_read(tmp_path_factory: Any, data: Any) -> None:
     """Whatever stands in a field, the reader raises its own error or gives a whole file."""
-    path = tmp_path_factory.mktemp("twist") / "a.steer.json"
+    path = tmp_path_factory.getbasetemp() / "twisted.steer.json"
     write_steering(path, STEERING, identification=FOUND)
     tree = json.loads(path.read_text(encoding="utf-8"))
     place: Any = tree
