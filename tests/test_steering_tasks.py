@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.errors import ConfigError
@@ -132,6 +132,7 @@ def test_a_number_is_found_however_it_is_written(number: int, form: str) -> None
     assert not right("number", str(number + 1), "5</think>" + form.format(number))
 
 
+@settings(max_examples=60)
 @given(st.text(), st.sampled_from(sorted(CHECKERS)), st.booleans())
 def test_no_text_breaks_a_checker(text: str, checker: str, ended: bool) -> None:
     answer = {"number": "1", "choice": "A"}.get(checker, "a")
