@@ -38,7 +38,7 @@ def npmi(joint: ArrayLike, marked: ArrayLike, uses: ArrayLike, rows: ArrayLike) 
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         # Numerator and denominator are differences of logarithms of counts: no share underflows.
-        mutual = np.log2(together) + np.log2(total) - np.log2(one) - np.log2(other)
+        mutual = (np.log2(together) + np.log2(total)) - (np.log2(one) + np.log2(other))
         value = mutual / (np.log2(total) - np.log2(together))
     value = np.where(together >= total, 1.0, value)
     value = np.where(together <= 0, -1.0, value)

@@ -34,8 +34,7 @@ def save_picture(found: Identification, path: str | os.PathLike[str]) -> Path:
     scores = found.score_map()
     layers = len(scores)
     most = float(np.nanmax(np.abs(scores))) if np.isfinite(scores).any() else 1.0
-    colours = mpl.colormaps["RdBu_r"].copy()
-    colours.set_bad(_BLANK)
+    colours = mpl.colormaps["RdBu_r"].with_extremes(bad=_BLANK)
     height = min(max(2.4, 1.7 + 0.16 * layers), 14.0)
     figure = Figure(figsize=(11.0, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
