@@ -77,8 +77,8 @@ def show_evaluation(found: SteeringEvaluation) -> None:
     problems, samples = len(found.problem_ids), found.settings.samples
     console.print(f"{problems:,} problems, {samples} samples of each in each arm")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("arm", "accuracy %", "against unsteered", "p Holm", "thinking", "bad form %"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
+    for name in ("arm", "accuracy %", "- unsteered", "p Holm", "thinking", "bad form"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
     for arm in found.arms:
         one = found.comparison(arm.name)
         bad = sum(arm.cut) + sum(arm.no_end) + sum(arm.no_answer)
@@ -88,12 +88,13 @@ def show_evaluation(found: SteeringEvaluation) -> None:
             "" if one is None else _percent(one.difference, sign="+"),
             "" if one is None else f"{one.p_holm:.3g}",
             _tokens(arm.thinking_median),
-            f"{100 * bad / (problems * samples):.1f}",
+            f"{100 * bad / (problems * samples):.1f} %",
         )
     console.print(table)
     console.print(
         f"Intervals: {found.settings.confidence:.0%}, bootstrap over problems (Wilson's over all "
-        "samples, too narrow, is in the file). Thinking: median tokens.",
+        "samples, too narrow, is in the file). Thinking: median tokens. "
+        "Bad form: cut off, thinking not ended, or no answer.",
         style="dim",
     )
     if any(arm.kind == "steered" for arm in found.arms):
@@ -105,7 +106,7 @@ def show_evaluation(found: SteeringEvaluation) -> None:
 
 
 def _percent(one: Estimate, sign: str = "") -> str:
-    return f"{100 * one.value:{sign}.1f} [{100 * one.low:{sign}.1f}, {100 * one.high:{sign}.1f}]"
+    return f"{100 * one.value:{sign}.1f} [{100 * one.low:{sign}.0f}, {100 * one.high:{sign}.0f}]"
 
 
 def _tokens(one: Estimate) -> str:
