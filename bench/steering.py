@@ -47,7 +47,7 @@ STAGES = ("planted", "identify", "validate", "test", "transfer", "shift", "cost"
 
 def draw(bench: Bench) -> None:
     """The page of what is there."""
-    names = ("found.steer.json", "validate.steer-eval.json", "transfer.steer-eval.json",
+    names = ("frozen.steer.json", "validate.steer-eval.json", "transfer.steer-eval.json",
              "test.steer-eval.json", "found.steer-cost.json")  # fmt: skip
     parts = [bench.file(name) for name in names if bench.file(name).exists()]
     if parts:

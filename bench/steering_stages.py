@@ -192,6 +192,12 @@ class Bench:
         return self.evaluate("validate", BETAS, Controls())
 
     def test(self) -> dict[str, Any]:
+        file = read_steering(self.file("found.steer.json"))
+        write_steering(
+            self.file("frozen.steer.json"),
+            self.steering(self.frozen()[0]),
+            identification=file.identification,
+        )
         return self.evaluate("test", self.frozen(), self.controls())
 
     def transfer(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from moe_runtime.report.steering_figures import score_map
 from moe_runtime.report.steering_parts import STEERING_KINDS, SteeringParts
 from moe_runtime.report.steering_published import PUBLISHED
 from moe_runtime.steering.evaluation import SteeringEvaluation
-from moe_runtime.steering.files import SteeredModel, write_steering
+from moe_runtime.steering.files import SteeredModel, SteeringFile, write_steering
 from moe_runtime.steering.values import Steering
 from steering_files import (
     CHOSEN,
@@ -183,6 +183,21 @@ def test_an_interval_without_the_corrected_test_is_no_verdict() -> None:
 def test_the_best_of_many_betas_is_called_that() -> None:
     assert ", the best of 9 betas:" in of(made_evaluation()).outcome
     assert "the best of" not in of(made_evaluation((16,))).outcome
+
+
+def test_a_frozen_beta_is_told_whatever_others_did() -> None:
+    """The steering file's beta is the one that was decided on; the best of a test is luck too."""
+    found, folder = made_evaluation((8, 16, 64)), Path("a.steer.json")
+    file = SteeringFile(
+        steering=Steering(betas=dict.fromkeys(CHOSEN, 64.0)), model=SteeredModel(), path=folder
+    )
+    best, frozen = of(found), SteeringReport(SteeringParts(file=file, evaluations=(found,)))
+    assert max(sum(arm.right) for arm in found.arms) > sum(found.arm("beta 64").right)
+    assert frozen.outcome.startswith("beta 64 on 2 experts: ")
+    assert not best.outcome.startswith("beta 64")
+    assert '<tr class="run"><td>beta 64</td>' in frozen.to_html()
+    assert "random 1, beta 64" in str(frozen)
+    assert "random 1, beta 16" not in str(frozen)
 
 
 def test_a_control_that_does_as_well_is_told() -> None:

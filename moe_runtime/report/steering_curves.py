@@ -21,7 +21,7 @@ from moe_runtime.report.drawing import (
     add_legend,
     drawing_of,
 )
-from moe_runtime.report.steering_words import beta_text, shown_arms
+from moe_runtime.report.steering_words import beta_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,12 +132,11 @@ def _label(axes: Axes, places: dict[float, float], aside: dict[str, float], form
     axes.spines["left"].set_visible(False)
 
 
-def outcomes(found: SteeringEvaluation) -> str:
-    """What became of each arm's samples: right, wrong, and the three format errors; shares."""
+def outcomes(found: SteeringEvaluation, arms: tuple[Arm, ...]) -> str:
+    """What became of these arms' samples: right, wrong, and the three format errors; shares."""
     total = found.settings.samples * len(found.problem_ids)
     if not total:
         return ""
-    arms = shown_arms(found)
     with drawing_of((FULL[0], 58 + 19 * len(arms))) as drawing:
         axes = drawing.figure.add_subplot()
         _bars(drawing, axes, arms, total)

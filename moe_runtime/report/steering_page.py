@@ -39,7 +39,7 @@ def render_steering(parts: SteeringParts) -> str:
         given=[words.expert_name(*one) for one in chosen] if found is None else [],
         identified=[] if found is None else _identified(found, chosen),
         ranked=None if found is None else _ranked(found),
-        evaluations=[_evaluation(one) for one in parts.evaluations],
+        evaluations=[_evaluation(one, parts.beta) for one in parts.evaluations],
         costs=[_cost(one) for one in parts.costs],
         paper=PAPER,
         doubts=DOUBTS,
@@ -106,14 +106,14 @@ def _tiles(parts: SteeringParts) -> list[Tile]:
             )
         )
     for one in parts.evaluations[-1:]:
-        tiles += _evaluation_tiles(one)
+        tiles += _evaluation_tiles(one, parts.beta)
     for cost in parts.costs[:1]:
         tiles += _cost_tiles(cost)
     return tiles
 
 
-def _evaluation_tiles(found: SteeringEvaluation) -> list[Tile]:
-    plain, arm = found.unsteered, words.main_arm(found)
+def _evaluation_tiles(found: SteeringEvaluation, frozen: float | None) -> list[Tile]:
+    plain, arm = found.unsteered, words.main_arm(found, frozen)
     tiles = [
         Tile(
             label="Right, unsteered",
@@ -171,12 +171,12 @@ def _cost_tiles(found: SteeringCost) -> list[Tile]:
 # -- an evaluation --------------------------------------------------------------------------------
 
 
-def _evaluation(found: SteeringEvaluation) -> dict[str, Any]:
+def _evaluation(found: SteeringEvaluation, frozen: float | None) -> dict[str, Any]:
     level = f"{100 * found.settings.confidence:g} %"
     reach = f"{level} intervals over problems"
     draws = len({arm.draw for arm in found.of_kind("random")})
     more = f"; random experts: {draws} draws" if draws > 1 else ""
-    shown = words.shown_arms(found)
+    main, shown = words.main_arm(found, frozen), words.shown_arms(found, frozen)
     rest = [arm for arm in found.arms if arm not in shown]
     return {
         "name": found.settings.tasks or "tasks",
@@ -199,13 +199,13 @@ def _evaluation(found: SteeringEvaluation) -> dict[str, Any]:
             Figure(
                 title="What became of the samples",
                 note="format errors count as wrong",
-                svg=curves.outcomes(found),
+                svg=curves.outcomes(found, shown),
             ),
         ),
-        "rows": [_arm(found, arm) for arm in shown],
-        "rest": [_arm(found, arm) for arm in rest],
+        "rows": [_arm(found, arm, main=arm is main) for arm in shown],
+        "rest": [_arm(found, arm, main=False) for arm in rest],
         "specific": _specific(found),
-        "families": _families(found),
+        "families": [] if main is None else _families(found, main),
     }
 
 
@@ -214,7 +214,7 @@ def _sampled(found: SteeringEvaluation) -> str:
     return f"temperature {told.temperature:g}" if told.temperature else "greedy"
 
 
-def _arm(found: SteeringEvaluation, arm: Arm) -> dict[str, Any]:
+def _arm(found: SteeringEvaluation, arm: Arm, *, main: bool) -> dict[str, Any]:
     comparison = found.comparison(arm.name)
     samples = found.settings.samples * len(found.problem_ids)
     errors = sum(map(sum, (arm.cut, arm.no_end, arm.no_answer)))
@@ -227,7 +227,7 @@ def _arm(found: SteeringEvaluation, arm: Arm) -> dict[str, Any]:
         ]
     thinking = arm.thinking_median
     return {
-        "main": arm is words.main_arm(found),
+        "main": main,
         "cells": [
             arm.name,
             percent(arm.accuracy.value),
@@ -254,10 +254,10 @@ def _specific(found: SteeringEvaluation) -> list[list[str]]:
     ]
 
 
-def _families(found: SteeringEvaluation) -> list[list[str]]:
+def _families(found: SteeringEvaluation, arm: Arm) -> list[list[str]]:
     """Share of right answers by family of problems; nothing if there is one family."""
-    arm, names = words.main_arm(found), list(dict.fromkeys(found.families))
-    if arm is None or len(names) < 2:
+    names = list(dict.fromkeys(found.families))
+    if len(names) < 2:
         return []
     before, after = found.by_family(found.unsteered), found.by_family(arm)
     rows = []

@@ -52,6 +52,13 @@ class SteeringParts:
         """Of the first part that knows it; "" if none does."""
         return next((one for _, one in self._models() if one), "")
 
+    @property
+    def beta(self) -> float | None:
+        """The one beta of the steering file's experts; None if there is none, or several."""
+        betas = set() if self.file is None else set(self.file.steering.betas.values())
+        only = betas.pop() if len(betas) == 1 else None
+        return None if isinstance(only, tuple) else only
+
     def _models(self) -> list[tuple[str, str]]:
         models = [(one.model_id, one.fingerprint) for one in self.evaluations]
         models += [(one.model_id, one.fingerprint) for one in self.costs]

@@ -71,7 +71,7 @@ class SteeringReport:
         if parts.file is not None and parts.file.identification is not None:
             lines += ["", *_ranked(parts.file.identification)]
         for evaluation in parts.evaluations:
-            lines += ["", *_evaluated(evaluation)]
+            lines += ["", *_evaluated(evaluation, parts.beta)]
         for cost in parts.costs:
             lines += ["", *_costs(cost)]
         return "\n".join(lines)
@@ -105,9 +105,9 @@ def _ranked(found: Identification) -> list[str]:
     return _table(("expert", "score", "interval", "in top", *markers), rows)
 
 
-def _evaluated(found: SteeringEvaluation) -> list[str]:
+def _evaluated(found: SteeringEvaluation, frozen: float | None) -> list[str]:
     rows = []
-    for arm in words.shown_arms(found):
+    for arm in words.shown_arms(found, frozen):
         comparison = found.comparison(arm.name)
         rows.append(
             [

@@ -65,17 +65,22 @@ def p_text(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def main_arm(found: SteeringEvaluation) -> Arm | None:
-    """The steered arm that is told about: the most accurate, of equals the mildest."""
+def main_arm(found: SteeringEvaluation, frozen: float | None = None) -> Arm | None:
+    """The steered arm that is told about.
+
+    The one of the beta that was frozen, by the steering file, which needs no luck; else the most
+    accurate, of equals the mildest.
+    """
     steered = list(found.of_kind("steered"))
     if not steered:
         return None
-    return max(steered, key=lambda arm: (sum(arm.right), -_strength(arm.beta)))
+    as_frozen = next((arm for arm in steered if arm.beta == frozen), None)
+    return as_frozen or max(steered, key=lambda arm: (sum(arm.right), -_strength(arm.beta)))
 
 
-def shown_arms(found: SteeringEvaluation) -> tuple[Arm, ...]:
+def shown_arms(found: SteeringEvaluation, frozen: float | None = None) -> tuple[Arm, ...]:
     """All arms but controls of other betas than the main arm's, which are too many to list."""
-    arm = main_arm(found)
+    arm = main_arm(found, frozen)
     return tuple(
         one
         for one in found.arms
@@ -98,7 +103,7 @@ def headline(parts: SteeringParts) -> str:
     """All parts in one line; what the evaluation says comes first."""
     said = []
     if parts.evaluations:
-        said.append(_evaluated(parts.evaluations[-1]))
+        said.append(_evaluated(parts.evaluations[-1], parts.beta))
     elif parts.file is not None and parts.file.identification is not None:
         said.append(_found(parts.file.identification))
     elif parts.file is not None:
@@ -123,12 +128,12 @@ def markers(found: Identification) -> str:
     return told.replace("-", "\N{MINUS SIGN}")
 
 
-def _evaluated(found: SteeringEvaluation) -> str:
-    arm = main_arm(found)
+def _evaluated(found: SteeringEvaluation, frozen: float | None) -> str:
+    arm = main_arm(found, frozen)
     if arm is None:
         return "no steered run is in the evaluation"
     tried = len(list(found.of_kind("steered")))
-    best = f", the best of {tried} betas" if tried > 1 else ""
+    best = f", the best of {tried} betas" if tried > 1 and arm.beta != frozen else ""
     comparison = found.comparison(arm.name)
     start = (
         f"beta {beta_text(arm.beta)} on {len(arm.experts)} expert{'s' * (len(arm.experts) != 1)}"
@@ -171,7 +176,7 @@ def warnings_of(parts: SteeringParts) -> list[str]:
     if found is not None:
         lines += _identification_warnings(found)
     for one in parts.evaluations:
-        lines += _evaluation_warnings(one, several=len(parts.evaluations) > 1)
+        lines += _evaluation_warnings(one, parts.beta, several=len(parts.evaluations) > 1)
     return lines
 
 
@@ -198,7 +203,9 @@ def _identification_warnings(found: Identification) -> list[str]:
     return lines
 
 
-def _evaluation_warnings(found: SteeringEvaluation, *, several: bool) -> list[str]:
+def _evaluation_warnings(
+    found: SteeringEvaluation, frozen: float | None, *, several: bool
+) -> list[str]:
     lines = []
     where = f"on {found.settings.tasks}: " if several and found.settings.tasks else ""
     if len(found.problem_ids) < _FEW_PROBLEMS:
@@ -209,7 +216,7 @@ def _evaluation_warnings(found: SteeringEvaluation, *, several: bool) -> list[st
             f"{where}no other experts were steered as a control, so a difference may be any "
             "disturbance's"
         )
-    arm = main_arm(found)
+    arm = main_arm(found, frozen)
     if arm is not None and (beaten := _control_as_good(found, arm)):
         lines.append(
             f"{where}{beaten} is as accurate as the steered experts: which experts are steered "
