@@ -175,6 +175,11 @@ def warnings_of(parts: SteeringParts) -> list[str]:
     found = None if parts.file is None else parts.file.identification
     if found is not None:
         lines += _identification_warnings(found)
+    kinds = {arm.kind for one in parts.evaluations for arm in one.arms}
+    if "steered" in kinds and not kinds & {"random", "frequency"}:
+        lines.append(
+            "no other experts were steered as a control, so a difference may be any disturbance's"
+        )
     for one in parts.evaluations:
         lines += _evaluation_warnings(one, parts.beta, several=len(parts.evaluations) > 1)
     return lines
@@ -210,12 +215,6 @@ def _evaluation_warnings(
     where = f"on {found.settings.tasks}: " if several and found.settings.tasks else ""
     if len(found.problem_ids) < _FEW_PROBLEMS:
         lines.append(f"{where}{len(found.problem_ids)} problems tell only large differences apart")
-    kinds = {arm.kind for arm in found.arms}
-    if "steered" in kinds and not kinds & {"random", "frequency"}:
-        lines.append(
-            f"{where}no other experts were steered as a control, so a difference may be any "
-            "disturbance's"
-        )
     arm = main_arm(found, frozen)
     if arm is not None and (beaten := _control_as_good(found, arm)):
         lines.append(
