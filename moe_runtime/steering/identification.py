@@ -172,7 +172,7 @@ class Identification:
             npmi=tuple(_map(one, "npmi", experts) for one in maps),
             prompt=fields.flag(data, "prompt"),
             level=fields.number(data, "level"),
-            smoothing=fields.number(data, "smoothing"),
+            smoothing=fields.number(data, "smoothing") if "smoothing" in data else 0.0,
             traces=tuple(str(one) for one in traces),
             model_id=fields.text(data, "model_id"),
             fingerprint=fields.text(data, "fingerprint"),
