@@ -16,8 +16,15 @@ from moe_runtime.trace import UNUSED
 __all__ = ["Tally", "npmi"]
 
 
-def npmi(joint: ArrayLike, marked: ArrayLike, uses: ArrayLike, rows: ArrayLike) -> FloatArray:
-    """NPMI of two events from counts, elementwise: -1 never together, 0 independent, 1 always.
+def npmi(
+    joint: ArrayLike,
+    marked: ArrayLike,
+    uses: ArrayLike,
+    rows: ArrayLike,
+    *,
+    smoothing: float = 0.0,
+) -> FloatArray:
+    """Give nPMI of two events from counts: -1 never together, 0 independent, 1 only together.
 
     With p = count / rows: PMI = log2(p(x, y) / (p(x) p(y))) and nPMI = PMI / -log2 p(x, y), as
     RICE (arXiv 2505.14681, eq. 2 and 3) takes it from Bouma, "Normalized (pointwise) mutual
@@ -29,6 +36,9 @@ def npmi(joint: ArrayLike, marked: ArrayLike, uses: ArrayLike, rows: ArrayLike) 
         marked: rows with the one event, a marker.
         uses: rows with the other, an expert's choice.
         rows: all rows; at least the others.
+        smoothing: so many marker rows are added that choose experts as all rows do. Without them
+            there is a cliff: a pair that came together once may be near 0, one that never did is
+            -1. Independent events stay at 0.
 
     Returns:
         float64, the arguments broadcast.
@@ -37,6 +47,10 @@ def npmi(joint: ArrayLike, marked: ArrayLike, uses: ArrayLike, rows: ArrayLike) 
         np.asarray(values, np.float64) for values in (joint, marked, uses, rows)
     )
     with np.errstate(divide="ignore", invalid="ignore"):
+        if smoothing:
+            added = smoothing * np.nan_to_num(other / total)
+            together, other = together + added, other + added
+            one, total = one + smoothing, total + smoothing
         # Numerator and denominator are differences of logarithms of counts: no share underflows.
         mutual = (np.log2(together) + np.log2(total)) - (np.log2(one) + np.log2(other))
         value = mutual / (np.log2(total) - np.log2(together))
@@ -58,11 +72,18 @@ class Tally:
         grid: layers and experts.
         markers: number of markers.
         draws: `[B, S]`, how often each replicate has each sequence; None without bootstrap.
+        smoothing: of `npmi`.
     """
 
     def __init__(
-        self, grid: ExpertGrid, markers: int, draws: NDArray[np.uint16] | None = None
+        self,
+        grid: ExpertGrid,
+        markers: int,
+        draws: NDArray[np.uint16] | None = None,
+        *,
+        smoothing: float = 0.0,
     ) -> None:
+        self._smoothing = smoothing
         self._grid = grid
         self._draws = draws
         self._offsets = np.asarray(grid.offsets, np.int64)
@@ -150,10 +171,11 @@ class Tally:
     def npmi(self) -> FloatArray:
         """float64 `[M, experts]`."""
         rows = self._tables[0, self._grid.size + self._layer]
-        return npmi(self.joint, self.marked, self.uses, rows)
+        return npmi(self.joint, self.marked, self.uses, rows, smoothing=self._smoothing)
 
     def replicate(self, number: int) -> tuple[FloatArray, FloatArray]:
-        """NPMI and joint counts of one replicate, float64 `[M, experts]` each."""
+        """The nPMI and joint counts of one replicate, float64 `[M, experts]` each."""
         table = self._replicates[:, number]
         experts, layers = table[:, : self._grid.size], table[:, self._grid.size + self._layer]
-        return npmi(experts[1:], layers[1:], experts[0], layers[0]), experts[1:]
+        values = npmi(experts[1:], layers[1:], experts[0], layers[0], smoothing=self._smoothing)
+        return values, experts[1:]
