@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import moe_runtime
 from architectures import ArchitectureCase, build
@@ -107,7 +107,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((found - expected).abs().max() / expected.std()) < 5e-5
 
 
-# -- what is computed -----------------------------------------------------------------------------
+# -- what is computed
 
 
 @pytest.mark.parametrize("betas", [BETAS, {(2, 1): (1.0, 3.0, 0.0), (0, 3): (2.0, 2.0, 1.0)}])
@@ -243,7 +243,7 @@ def _fail(*_: Any) -> None:
     raise InterruptedError
 
 
-# -- rows -----------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------
 
 
 def test_rows_have_their_own_betas(model: PreTrainedModel) -> None:
@@ -278,7 +278,7 @@ def test_padding_is_left_alone(model: PreTrainedModel) -> None:
     mask[0, :3] = 0
     seen: list[torch.Tensor] = []
     experts = model.get_submodule("model.layers.0.mlp.experts")
-    note = experts.register_forward_hook(lambda _, given, out: seen.append(given[2]))  # noqa: ARG005
+    note = experts.register_forward_hook(lambda _, given, out: seen.append(given[2]))
     every = {(0, expert): 2.0 for expert in range(EXPERTS)}
     logits(model, ids, attention_mask=mask)
     with moe_runtime.steer(model, every) as handle:
@@ -291,13 +291,13 @@ def test_padding_is_left_alone(model: PreTrainedModel) -> None:
     assert sum(handle.uses.values()) == TOP_K * int(real.sum())
 
 
-# -- other methods ----------------------------------------------------------------------------------
+# -- other methods
 
 
 def test_renormalised_weights_keep_their_sum(model: PreTrainedModel) -> None:
     seen: list[tuple[torch.Tensor, ...]] = []
     experts = model.get_submodule("model.layers.0.mlp.experts")
-    note = experts.register_forward_hook(lambda _, given, out: seen.append(given[1:]))  # noqa: ARG005
+    note = experts.register_forward_hook(lambda _, given, out: seen.append(given[1:]))
     logits(model, batch())
     with moe_runtime.steer(model, {(0, 3): 8.0}, renormalise=True):
         logits(model, batch())
@@ -388,7 +388,7 @@ def test_forced_experts_displace_the_least(
         assert sorted(places) == sorted(lost)
 
 
-# -- what is counted and recorded -------------------------------------------------------------------
+# -- what is counted and recorded ----------------------------------------------------------
 
 
 def test_uses_are_counted_in_between_and_at_the_end() -> None:
@@ -439,7 +439,7 @@ def test_a_steering_file_and_a_value_do_the_same(model: PreTrainedModel, tmp_pat
         assert not torch.equal(logits(model, batch()), found[0])
 
 
-# -- bad input --------------------------------------------------------------------------------------
+# -- bad input ----------------------------------------------------------
 
 REFUSED: list[tuple[Any, dict[str, Any], type[MoERuntimeError], str]] = [
     ({(9, 0): 2.0}, {}, ConfigError, "layer 9 of .* no routed experts; .* are 0-3"),
@@ -486,8 +486,6 @@ def test_a_file_of_another_model_is_refused(model: PreTrainedModel, tmp_path: Pa
 
 
 def test_a_model_without_experts_is_refused() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
-
     dense = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=16,

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 import moe_runtime
+from module_experts import BUILDERS, EXPERTS, RemoteModel, batch, build, load_plain, outputs
 from moe_runtime.errors import ConfigError, UnsupportedModelError
 from moe_runtime.model_spec import read_spec
-from module_experts import BUILDERS, EXPERTS, RemoteModel, batch, build, load_plain, outputs
 from test_steering_hook import hooks
 
 NAMES = list(BUILDERS)

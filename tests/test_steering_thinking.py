@@ -4,7 +4,7 @@ generates with them as one whose weights are changed at these positions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis
 import pytest
@@ -25,7 +25,12 @@ class Words:
     """A tokenizer of three words, as much of one as is asked for."""
 
     unk_token_id = 99
-    words = {"<think>": [BEGIN], "</think>": [END], "wait then": [WAIT, BEGIN], "": []}
+    words: ClassVar[dict[str, list[int]]] = {
+        "<think>": [BEGIN],
+        "</think>": [END],
+        "wait then": [WAIT, BEGIN],
+        "": [],
+    }
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
@@ -44,7 +49,7 @@ def model() -> PreTrainedModel:
     return tiny_model()
 
 
-# -- spans ------------------------------------------------------------------------------------------
+# -- spans ----------------------------------------------------------
 
 
 def naive(tokens: list[int], start: Variants, end: Variants) -> list[bool]:
@@ -124,7 +129,7 @@ def test_what_was_not_seen_is_refused() -> None:
         spans.advance(torch.tensor([[1]] * 2), past=2)
 
 
-# -- in a model ---------------------------------------------------------------------------------------
+# -- in a model
 
 
 class _Say(LogitsProcessor):
