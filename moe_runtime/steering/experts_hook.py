@@ -73,7 +73,9 @@ class ExpertsHook:
                 f"{tuple(index.shape)} and weights of shape {tuple(weights.shape)}; steering needs "
                 "one weight for each choice"
             )
-        active = rows.steered(len(index), self._path)
+        active = rows.active
+        if active is not None or rows.owner is not None or rows.batch is not None:
+            active = rows.steered(len(index), self._path)
         some = active if isinstance(active, torch.Tensor) else None
         if self._force:
             index = forced(index, weights, self._force, some)
