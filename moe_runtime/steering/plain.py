@@ -57,9 +57,16 @@ def _value(kind: Any, data: Any, where: str) -> Any:
         return data
     accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
     fits = isinstance(data, accepted) and (kind is bool or not isinstance(data, bool))
-    if not fits or (kind in {int, float} and not math.isfinite(data)):
+    if not fits or (kind in {int, float} and not _finite(data)):
         raise ConfigError(f"{where} is {_short(data)}, not {_NAMES.get(kind, kind.__name__)}")
     return float(data) if kind is float else data
+
+
+def _finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # JSON has whole numbers that no float can hold
+        return False
 
 
 _NAMES: Mapping[type, str] = {
