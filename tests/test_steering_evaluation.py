@@ -143,6 +143,7 @@ def test_the_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         (("arms", 1, "accuracy", "low"), "x", "arms[1].accuracy.low is 'x', not a finite number"),
         (("arms", 1, "experts"), [[1]], "arms[1].experts[0] has 1 entries, not 2"),
         (("settings", "samples"), True, "settings.samples is True, not a whole number"),
+        (("arms", 1, "beta"), 10**400, "arms[1].beta is 1000"),
         (("settings", "seed"), None, "settings.seed is None"),
         (("families",), ["a"], "families has 1 entries for 3 problems"),
         (("comparisons", 0, "against"), "nobody", "names the arm 'nobody'"),

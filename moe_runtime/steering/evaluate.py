@@ -113,6 +113,7 @@ def evaluate_steering(  # noqa: PLR0913  what an evaluation is made of
             "model": {"id": spec.model_id, "fingerprint": spec.fingerprint},
             "settings": asdict(settings),
             "arms": {arm.name: [list(one) for one in arm.experts] for arm in arms},
+            "thinking_steered": steering.thinking,
         },
     )
     runner = ArmRunner(model, tokenizer, tasks, settings, sampling, controls, kept, batch_size)

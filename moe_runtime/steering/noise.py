@@ -98,5 +98,5 @@ class _AtTemperature(LogitsProcessor):
         self._inner, self._temperature = inner, temperature
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        warped = self._inner(input_ids, scores / self._temperature)  # type: ignore[arg-type]
+        warped = self._inner(input_ids, scores / self._temperature)
         return scores.masked_fill(torch.isneginf(warped), -float("inf"))

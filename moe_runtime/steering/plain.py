@@ -55,14 +55,18 @@ def _value(kind: Any, data: Any, where: str) -> Any:
             known = ", ".join(map(repr, get_args(kind)))
             raise ConfigError(f"{where} is {_short(data)}; known: {known}")
         return data
-    numbers = {int: int, float: (int, float)}.get(kind)
-    if numbers is not None:
-        known = isinstance(data, numbers) and not isinstance(data, bool) and math.isfinite(data)
-    else:
-        known = isinstance(data, kind)
-    if not known:
+    accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    fits = isinstance(data, accepted) and (kind is bool or not isinstance(data, bool))
+    if not fits or (kind in {int, float} and not _finite(data)):
         raise ConfigError(f"{where} is {_short(data)}, not {_NAMES.get(kind, kind.__name__)}")
     return float(data) if kind is float else data
+
+
+def _finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # JSON has whole numbers that no float can hold
+        return False
 
 
 _NAMES: Mapping[type, str] = {
