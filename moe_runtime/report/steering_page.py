@@ -393,6 +393,7 @@ def _identification_rows(found: Identification) -> list[tuple[str, str]]:
         ("Prompts counted", "yes" if found.prompt else "no"),
         ("Experts with enough events", f"{count(found.rankable)} of {count(sum(found.experts))}"),
         ("Least events: with a marker; in all", f"{found.least_joint}; {found.least_uses}"),
+        ("Smoothing", f"{found.smoothing:g}"),
         ("Bootstrap replicates", count(found.bootstrap)),
     ]
 
