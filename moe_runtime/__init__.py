@@ -27,6 +27,7 @@ from moe_runtime.runtime import (
     report,
     runtime_of,
 )
+from moe_runtime.steering import steer
 from moe_runtime.trace import RoutingTrace
 from moe_runtime.version import __version__
 
@@ -56,4 +57,5 @@ __all__ = [
     "record",
     "report",
     "runtime_of",
+    "steer",
 ]

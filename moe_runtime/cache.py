@@ -101,7 +101,7 @@ class ExpertCache:
         self._expecting = False
         # Permanent residents: by slot for the choice of victims, by expert number for counting.
         self._permanent = [np.zeros(count, np.bool_) for count in slots]
-        self._permanent_of: list[set[int]] = [set() for _ in grid.layers]
+        self._permanent_of: list[dict[int, int]] = [{} for _ in grid.layers]  # how many times
         self.counters = CacheCounters.empty(len(grid.layers))
         self._tables: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
 
@@ -350,11 +350,24 @@ class ExpertCache:
         self._unused = {i: None for i in self._unused if self._slot_of[i] != _ABSENT}
 
     def make_permanent(self, position: int, experts: Sequence[int]) -> None:
-        """These residents stay for good: they are never evicted, not after a failed step either."""
+        """These residents stay: they are never evicted, not after a failed step either.
+
+        For good, or until `end_permanent` has been called for each time that this was.
+        """
         slots = self.slots_of(position, experts)
         assert all(self.is_resident(position, expert) for expert in experts), "not resident"
         self._permanent[self._group_of[position]][slots] = True
-        self._permanent_of[position].update(experts)
+        for expert in experts:
+            self._permanent_of[position][expert] = self._permanent_of[position].get(expert, 0) + 1
+
+    def end_permanent(self, position: int, experts: Sequence[int]) -> None:
+        """Undo one `make_permanent` of each of these experts."""
+        times, flags = self._permanent_of[position], self._permanent[self._group_of[position]]
+        for expert in experts:
+            times[expert] -= 1
+            if not times[expert]:
+                del times[expert]
+                flags[self.slot(position, expert)] = False
 
     def reset_counters(self) -> None:
         """Start counting anew; residency stays."""

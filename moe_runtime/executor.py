@@ -337,6 +337,33 @@ class Executor:
                 self.loader.abandon()
                 raise
 
+    def keep(self, wanted: Sequence[Sequence[int]]) -> None:
+        """Bring experts of each layer position into slots, and evict them no more until `let_go`.
+
+        There have to be slots for them. If one cannot be read, none is kept.
+        """
+        kept: list[tuple[int, int]] = []
+        with self._lock:
+            pairs = [(at, expert) for at, experts in enumerate(wanted) for expert in experts]
+            # Those that are there come first, so that none of them leaves for another.
+            pairs.sort(key=lambda pair: not self.cache.is_resident(*pair))
+            try:
+                for position, expert in pairs:
+                    self.loader.bring(position, expert)
+                    self.cache.make_permanent(position, [expert])
+                    kept.append((position, expert))
+            except BaseException:
+                self.loader.abandon()
+                for position, expert in kept:
+                    self.cache.end_permanent(position, [expert])
+                raise
+
+    def let_go(self, wanted: Sequence[Sequence[int]]) -> None:
+        """Undo one `keep`."""
+        with self._lock:
+            for position, experts in enumerate(wanted):
+                self.cache.end_permanent(position, experts)
+
     def tell(
         self, position: int, hidden: torch.Tensor, top_k_index: torch.Tensor, step: Step | None
     ) -> None:

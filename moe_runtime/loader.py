@@ -287,6 +287,19 @@ class ExpertLoader:
                 self._release(position, self._take(step))
             self._count_bytes(step)
 
+    def bring(self, position: int, expert: int) -> None:
+        """Have an expert resident, between steps; another leaves if there is no free slot."""
+        if self.cache.is_resident(position, expert):
+            return
+        if self.cache.slot(position, expert) >= 0:
+            self.abandon()  # it was on its way ahead of need: begin anew, as for a needed one
+        step = _LayerStep(position, waiting=deque([expert]))
+        self._request_more(step)
+        assert step.coming, "there is a slot that can be had"
+        while step.coming:
+            self._release(position, self._take(step))
+        self._count_bytes(step)
+
     def _request(self, access: Access) -> tuple[list[int], _LayerStep]:
         self._land()
         self._began()

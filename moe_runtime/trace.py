@@ -33,7 +33,7 @@ PART = "part-{:06d}.safetensors"
 Array: TypeAlias = NDArray[Any]
 PathLike: TypeAlias = str | os.PathLike[str]
 
-_COLUMNS: dict[str, tuple[type[np.generic], int]] = {  # name -> dtype, number of dimensions
+COLUMNS: dict[str, tuple[type[np.generic], int]] = {  # name -> dtype, number of dimensions
     "topk_ids": (np.uint16, 3),
     "topk_weights": (np.float16, 3),
     "token_ids": (np.int32, 1),
@@ -110,14 +110,14 @@ class RoutingTrace:
 
     def columns(self) -> dict[str, Array]:
         """The seven arrays by name."""
-        return {name: getattr(self, name) for name in _COLUMNS}
+        return {name: getattr(self, name) for name in COLUMNS}
 
     def description(self) -> dict[str, Any]:
         """The six fields that are not arrays, by name: what `select` keeps and `concat` compares.
 
         `RoutingTrace(**columns, **trace.description())` makes a trace of the same model.
         """
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _COLUMNS}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in COLUMNS}
 
     def header(self) -> dict[str, str]:
         """The metadata of a trace file, `docs/formats.md`: format, version and the description."""
@@ -223,7 +223,7 @@ class RoutingTrace:
                 steps.append(trace.with_first_step(step).step_ids)
                 step = int(steps[-1][-1]) + 1
         joined: dict[str, Any] = {
-            name: np.concatenate([getattr(t, name) for t in traces]) for name in _COLUMNS
+            name: np.concatenate([getattr(t, name) for t in traces]) for name in COLUMNS
         }
         joined["step_ids"] = np.concatenate(steps).astype(np.int32) if steps else joined["step_ids"]
         return replace(first, **joined)
@@ -252,18 +252,7 @@ class RoutingTrace:
         path = Path(path)
         if not path.is_dir():
             return _load_file(path)
-        parts = sorted(path.glob(PART.replace("{:06d}", "*")))
-        if not parts:
-            raise TraceError(
-                f"{path}: a folder without part-*.safetensors, so no trace; give a "
-                "*.trace.safetensors file, or record again"
-            )
-        missing = [n for n, part in enumerate(parts) if part.name != PART.format(n)]
-        if missing:
-            raise TraceError(
-                f"{path}: {PART.format(missing[0])} is missing among {len(parts)} parts; "
-                "restore it, or move the parts before it to a folder of their own"
-            )
+        parts = part_files(path)
         # The parts of one recording number their steps through, so they keep their numbers.
         loaded = [_load_file(part) for part in parts]
         joined = cls.concat(loaded)
@@ -275,10 +264,31 @@ class RoutingTrace:
         return replace(joined, step_ids=steps)
 
 
+def part_files(folder: Path) -> list[Path]:
+    """The parts in the folder of an interrupted recording, in order.
+
+    Raises:
+        TraceError: there are none, or one is missing from the middle.
+    """
+    parts = sorted(folder.glob(PART.replace("{:06d}", "*")))
+    if not parts:
+        raise TraceError(
+            f"{folder}: a folder without part-*.safetensors, so no trace; give a "
+            "*.trace.safetensors file, or record again"
+        )
+    missing = [n for n, part in enumerate(parts) if part.name != PART.format(n)]
+    if missing:
+        raise TraceError(
+            f"{folder}: {PART.format(missing[0])} is missing among {len(parts)} parts; "
+            "restore it, or move the parts before it to a folder of their own"
+        )
+    return parts
+
+
 def _check_columns(trace: RoutingTrace) -> None:
     """Types and shapes of the seven columns."""
     rows = len(trace.token_ids) if np.ndim(trace.token_ids) else 0
-    for name, (dtype, dimensions) in _COLUMNS.items():
+    for name, (dtype, dimensions) in COLUMNS.items():
         column = getattr(trace, name)
         if not isinstance(column, np.ndarray) or column.dtype != dtype:
             found = getattr(column, "dtype", type(column).__name__)
@@ -324,12 +334,12 @@ def _load_file(path: Path) -> RoutingTrace:
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
-            _check_header(path, header)
+            check_header(path, header)
             names = set(file.keys())
-            absent = [name for name in _COLUMNS if name not in names]
+            absent = [name for name in COLUMNS if name not in names]
             if absent:
                 raise TraceError(f"{path}: tensor {absent[0]!r} is missing; record the trace again")
-            columns = {name: file.get_tensor(name) for name in _COLUMNS}
+            columns = {name: file.get_tensor(name) for name in COLUMNS}
     except FileNotFoundError as error:
         raise TraceError(f"{path}: no such trace; check the path") from error
     except (SafetensorError, OSError) as error:
@@ -337,12 +347,12 @@ def _load_file(path: Path) -> RoutingTrace:
             f"{path}: not a complete safetensors file ({error}); copy or record it again"
         ) from error
     try:
-        return RoutingTrace(**columns, **_description(header))
+        return RoutingTrace(**columns, **read_description(header))
     except TraceError as error:
         raise TraceError(f"{path}: {error}") from error
 
 
-def _check_header(path: Path, header: dict[str, str]) -> None:
+def check_header(path: Path, header: dict[str, str]) -> None:
     if header.get("format") != FORMAT:
         raise TraceError(
             f"{path}: header field 'format' is {header.get('format')!r}, not {FORMAT!r}; "
@@ -355,7 +365,7 @@ def _check_header(path: Path, header: dict[str, str]) -> None:
         )
 
 
-def _description(header: dict[str, str]) -> dict[str, Any]:
+def read_description(header: dict[str, str]) -> dict[str, Any]:
     """The fields of `RoutingTrace.description` from a file's header."""
     result: dict[str, Any] = {}
     for name in ("layer_ids", "experts", "top_k"):

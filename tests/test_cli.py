@@ -84,7 +84,24 @@ SURFACE = {
     },
     "plan show": {"PLAN", "--out"},
     "plan compare": {"PLAN...", "--trace"},
-    "report": {"RUN.json", "--out", "--trace"},
+    "report": {"RUN.json", "--out", "--trace", "--with"},
+    "steer cost": {
+        *("MODEL", "--steer", "--prompts", "--beta", "--expert-budget", "--policy", "--limit"),
+        *("--max-new-tokens", "--rounds", "--pin", "--dtype", "--revision"),
+        *("--subfolder", "--variant", "--local-files-only", "--out"),
+    },
+    "steer eval": {
+        *("MODEL", "--tasks", "--steer", "--out", "--beta", "--samples", "--controls", "--draws"),
+        *("--trace", "--prompt-text", "--prompt-place", "--tip-token", "--tip-penalty"),
+        *("--tip-span", "--thinking-only", "--thinking", "--max-new-tokens", "--temperature"),
+        *("--top-p", "--top-k", "--seed", "--batch-size", "--chat", "--expert-budget", "--device"),
+        *("--policy", "--dtype", "--revision", "--subfolder", "--variant", "--local-files-only"),
+    },
+    "steer find": {
+        *("TRACE...", "--tokenizer", "--token", "--top", "--beta", "--prompt", "--least-joint"),
+        *("--least-uses", "--smoothing", "--bootstrap", "--seed", "--picture", "--out"),
+        *("--revision", "--subfolder", "--local-files-only"),
+    },
     "train-predictor": {
         *("TRACE...", "--out", "--preset", "--epochs", "--minutes", "--held-out", "--seed"),
         "--resume",

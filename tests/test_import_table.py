@@ -50,6 +50,7 @@ checkpoint        | model_spec safetensors_index           | torch transformers 
 access            |                                        | numpy
 trace             | access model_spec                      | torch numpy safetensors
 trace_writer      | trace                                  | numpy safetensors
+trace_reader      | trace                                  | numpy safetensors
 routing_counts    | trace                                  | numpy safetensors
 trace_summary     | trace routing_counts                   | numpy
 corpus            |                                        |
@@ -98,7 +99,13 @@ run_record        | version access budget cache config eviction memory model_spe
                     simulate                               | numpy torch transformers psutil
 scheduler         | cache predictors.base                  | torch numpy
 steering.values   |                                        |
-steering.*        | trace model_spec interface steps steering.* | torch numpy transformers
+steering.plain    |                                        |
+steering.evaluation | steering.plain                       |
+steering.fields   |                                        |
+steering.identification | steering.fields                  | numpy
+steering.files    | model_spec steering.identification steering.fields steering.values |
+steering.shift    | trace                                  | numpy
+steering.cost     | steering.plain steering.shift          |
 placement.topology|                                        | numpy yaml
 placement.plan    | placement.topology                     | numpy
 placement.ilp*    | trace placement.*                      | numpy pulp
@@ -107,8 +114,18 @@ placement.bake*   | version memory model_spec loading checkpoint safetensors_ind
                     placement.bake*                        | numpy torch transformers
 placement.*       | trace routing_counts placement.*       | numpy scipy
 pinning           | placement.plan model_spec cache executor | numpy
-report.*          | profiler placement.plan predictors.evaluation report.* | numpy jinja2 matplotlib
+report.*          | profiler placement.plan predictors.evaluation steering.files \
+                    steering.identification steering.evaluation steering.cost report.* \
+                                                           | numpy jinja2 matplotlib
 runtime           | ABOVE                                  | torch numpy transformers psutil
+steering.picture  | steering.identification                | numpy matplotlib
+steering.tasks    |                                        |
+steering.statistics |                                      | numpy
+steering.journal  | steering.outcomes steering.plain       |
+steering.cost_run | run_record runtime steering.* trace version | torch transformers
+steering.*        | trace trace_reader routing_counts version model_spec expert_modules \
+                    module_routing steps cache executor runtime steering.* \
+                                                           | torch numpy transformers
 token_choice      |                                        | torch
 prompt_state      | token_choice                           | torch
 sequence_caches   |                                        | torch transformers
@@ -123,7 +140,8 @@ batches           | runtime scheduler predictors.* token_choice prompt_state pat
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
                     cache_baselines timed_result timed_simulation virtual_link \
-                    predictors.* importers.* trace trace_summary routing_counts corpus cli.* \
+                    predictors.* steering.* importers.* trace trace_summary routing_counts \
+                    corpus cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |
 """
@@ -175,7 +193,9 @@ def covers(pattern: str, module: str) -> bool:
 
 
 def row_of(module: str) -> Row | None:
-    return next((row for row in TABLE if covers(row.module, module)), None)
+    """The row of this very name, else the first whose pattern names the module."""
+    exact = next((row for row in TABLE if row.module == module), None)
+    return exact or next((row for row in TABLE if covers(row.module, module)), None)
 
 
 def our_files() -> dict[str, Path]:

@@ -14,6 +14,7 @@ from moe_runtime.cli.inspect import inspect
 from moe_runtime.cli.plan import plan
 from moe_runtime.cli.report import report
 from moe_runtime.cli.simulate import simulate
+from moe_runtime.cli.steer import steer
 from moe_runtime.cli.topology import topology
 from moe_runtime.cli.trace import trace
 from moe_runtime.cli.train_predictor import train_predictor
@@ -59,6 +60,7 @@ app.command("simulate")(simulate)
 app.command("export")(export)
 app.command("bake")(bake)
 app.command("topology")(topology)
+app.add_typer(steer, name="steer")
 app.command("train-predictor")(train_predictor)
 app.command("evaluate-predictor")(evaluate_predictor)
 

@@ -1,4 +1,4 @@
-"""`moe-runtime report`: a run, plan, evaluation or simulation file as a page.
+"""`moe-runtime report`: a run, plan, evaluation, simulation or steering as a page.
 
 Does not know how any of them is made.
 """
@@ -17,19 +17,28 @@ from moe_runtime.cli.session import emit_json, session
 from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.recordings import read_recordings
-from moe_runtime.report import EvaluationReport, PlanReport, Report, SimulationReport
+from moe_runtime.report import (
+    EvaluationReport,
+    PlanReport,
+    Report,
+    SimulationReport,
+    SteeringReport,
+)
 
 __all__ = ["report"]
 
 RUN, PLAN, EVALUATION, SIMULATION = "run", "plan", "evaluation", "simulation"
-KINDS = (RUN, PLAN, EVALUATION, SIMULATION)
+STEERING = ("steering", "steer-eval", "steer-cost")
+KINDS = (RUN, PLAN, EVALUATION, SIMULATION, *STEERING)
+ENDINGS = {kind: f".{kind}.json" for kind in KINDS} | {"steering": ".steer.json"}
 
 
 def report(
     run: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN.json", help="The file of a run, a plan, an evaluation or a simulation."
+            metavar="RUN.json",
+            help="The file of a run, a plan, an evaluation, a simulation or of steering.",
         ),
     ],
     out: Annotated[
@@ -41,10 +50,18 @@ def report(
             "--trace", metavar="TRACE", help="With a plan: draw this trace's affinity too."
         ),
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with",
+            metavar="FILE",
+            help="With a file of steering: another one of the same model; may be repeated.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a run, a plan, an evaluation or a simulation, or render it as one HTML page.
+    """Show a run, a plan, an evaluation, a simulation or steering, or render it as one HTML page.
 
     The page is self-contained. Without --out the report is printed as text.
 
@@ -54,8 +71,13 @@ def report(
         kind = _kind_of(run)
         if trace is not None and kind != PLAN:
             raise typer.BadParameter(f"--trace goes with a plan, and this is {_a(kind)} file")
-        loaded: Report | PlanReport | EvaluationReport | SimulationReport
-        if kind == PLAN:
+        if beside and kind not in STEERING:
+            raise typer.BadParameter(f"--with goes with a file of steering, and this is {_a(kind)}")
+        loaded: Report | PlanReport | EvaluationReport | SimulationReport | SteeringReport
+        if kind in STEERING:
+            loaded = SteeringReport.load(run, *(beside or ()))
+            summary = loaded.facts()
+        elif kind == PLAN:
             loaded = _plan_report(run, trace)
             summary = loaded.facts()
         elif kind == EVALUATION:
@@ -87,7 +109,7 @@ def _kind_of(path: Path) -> str:
     try:
         data = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError, RecursionError):
-        return next((kind for kind in KINDS if path.name.endswith(f".{kind}.json")), RUN)
+        return next((kind for kind, end in ENDINGS.items() if path.name.endswith(end)), RUN)
     said = data.get("format") if isinstance(data, dict) else None
     return next((kind for kind in KINDS if said == f"moe-runtime.{kind}"), RUN)
 

@@ -8,6 +8,7 @@ from moe_runtime.report.plan_report import PlanReport
 from moe_runtime.report.report import Report
 from moe_runtime.report.run import RUN_FORMAT, RUN_VERSION, Counters, RunError
 from moe_runtime.report.simulation_report import SimulationReport
+from moe_runtime.report.steering_report import SteeringReport
 from moe_runtime.report.summary import Summary
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "Report",
     "RunError",
     "SimulationReport",
+    "SteeringReport",
     "Summary",
 ]
