@@ -15,6 +15,8 @@ from moe_runtime.trace import UNUSED
 
 __all__ = ["Tally", "npmi"]
 
+_WAITING = 256  # sequences
+
 
 def npmi(
     joint: ArrayLike,
@@ -94,6 +96,8 @@ class Tally:
         self._tables = np.zeros((markers + 1, width), np.int64)
         replicates = 0 if draws is None else len(draws)
         self._replicates = np.zeros((markers + 1, replicates, width), np.float64)
+        # Counts by sequence, not in the replicates yet: few large products cost less than many.
+        self._waiting: list[list[tuple[IntArray, IntArray]]] = [[] for _ in self._tables]
 
     def add(self, ids: NDArray[np.uint16], sequences: IntArray, marked: NDArray[np.bool_]) -> None:
         """Count a block of rows.
@@ -110,15 +114,26 @@ class Tally:
             known, places = np.zeros(1, np.int64), np.zeros(len(ids), np.int64)
         else:
             known, places = np.unique(sequences, return_inverse=True)
-        weights = None if self._draws is None else self._draws[:, known].astype(np.float64)
         for table, rows in enumerate([np.arange(len(ids)), *map(np.flatnonzero, marked)]):
             if not len(rows):
                 continue
             counts = self._count(index[:, rows] if table else index, places[rows], len(known))
             self._tables[table] += counts.sum(axis=0)
-            if weights is not None:
-                # Sums of whole numbers far below 2^53: exact, in whatever order they are added.
-                self._replicates[table] += weights @ counts.astype(np.float64)
+            if self._draws is not None:
+                there = np.unique(places[rows]) if table else slice(None)
+                self._waiting[table].append((known[there], counts[there]))
+                if sum(len(some) for some, _ in self._waiting[table]) >= _WAITING:
+                    self._settle(table)
+
+    def _settle(self, table: int) -> None:
+        """Add what waits to the replicates."""
+        waiting = self._waiting[table]
+        if self._draws is not None and waiting:
+            known = np.concatenate([some for some, _ in waiting])
+            counts = np.concatenate([some for _, some in waiting]).astype(np.float64)
+            # Sums of whole numbers far below 2^53: exact, in whatever order they are added.
+            self._replicates[table] += self._draws[:, known].astype(np.float64) @ counts
+            waiting.clear()
 
     def _index(self, ids: NDArray[np.uint16]) -> NDArray[Any]:
         """int64 `[K + 1, n, L]`: the column of each entry; the last is that of the layer's row.
@@ -175,6 +190,8 @@ class Tally:
 
     def replicate(self, number: int) -> tuple[FloatArray, FloatArray]:
         """The nPMI and joint counts of one replicate, float64 `[M, experts]` each."""
+        for place in range(len(self._tables)):
+            self._settle(place)
         table = self._replicates[:, number]
         experts, layers = table[:, : self._grid.size], table[:, self._grid.size + self._layer]
         values = npmi(experts[1:], layers[1:], experts[0], layers[0], smoothing=self._smoothing)
