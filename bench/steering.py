@@ -42,7 +42,7 @@ from steering_stages import (
 )
 
 ROOT = Path(__file__).parent
-STAGES = ("planted", "identify", "validate", "test", "transfer", "shift", "cost")
+STAGES = ("planted", "identify", "validate", "test", "transfer", "shift", "cost", "smoothed")
 
 
 def draw(bench: Bench) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from peers.machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, OlmoeConfig
@@ -29,6 +28,7 @@ import moe_runtime
 from moe_runtime.core import FloatArray
 from moe_runtime.model_spec import read_spec
 from moe_runtime.version import __version__
+from peers.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "steering_overhead.json"
 SEED = 5

@@ -24,6 +24,7 @@ from moe_runtime.steering.cost_run import measure_cost
 from moe_runtime.steering.evaluate import evaluate_steering
 from moe_runtime.steering.evaluation import SteeringEvaluation, select_beta
 from moe_runtime.steering.files import read_steering, write_steering
+from moe_runtime.steering.identification import Identification
 from moe_runtime.steering.identify import identify
 from moe_runtime.steering.sampling import Request, Sampling, complete
 from moe_runtime.steering.shift import routing_shift
@@ -41,6 +42,7 @@ FOUND_ON = ("sum", "chain", "sort", "largest")
 TRANSFER = ("story", "count", "evens")
 BETAS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 PAPER_BETA = 64.0
+SMOOTHING = 1.0  # pseudo-count; see `identify`
 SEEDS = {"identify": 11, "validate": 12, "test": 13, "transfer": 14, "cost": 15}
 SAMPLING = {"max_new_tokens": 96, "temperature": 1.0}
 
@@ -114,14 +116,13 @@ class Bench:
 
     # -- stages ------------------------------------------------------------------------------------
 
-    def identify(self) -> dict[str, Any]:
-        """The paper's way: the model's own responses, read once more in one pass each."""
-        chosen = self.puzzles("identify", self.sizes.responses)
+    def responses(self) -> list[list[int]]:
+        """Token ids of training-side puzzles and what the model answers to them."""
+        stop = self.model.generation_config.eos_token_id
         requests = [
             Request(problem=str(n), sample=0, prompt=tuple(self.tokenizer(one.prompt)["input_ids"]))
-            for n, one in enumerate(chosen)
+            for n, one in enumerate(self.puzzles("identify", self.sizes.responses))
         ]
-        stop = self.model.generation_config.eos_token_id
         sampling = Sampling(seed=SEEDS["identify"], **SAMPLING)
         rows, began = [], time.perf_counter()
         for part in complete(
@@ -129,18 +130,45 @@ class Bench:
         ):
             rows += [[*one.request.prompt, *one.tokens] + [stop] * one.ended for one in part]
         SAY.print(f"identify: {len(rows)} responses, {time.perf_counter() - began:.0f} s")
-        trace = self.read(rows)
-        solved = [self.tokenizer(one.prompt + one.solution)["input_ids"] for one in chosen]
+        return rows
+
+    def identify(self) -> dict[str, Any]:
+        """The paper's way: the model's own responses, read once more in one pass each."""
+        trace = self.read(self.responses())
+        solved = [
+            self.tokenizer(one.prompt + one.solution)["input_ids"]
+            for one in self.puzzles("identify", self.sizes.responses)
+        ]
         options = {"tokenizer": self.tokenizer, "bootstrap": self.sizes.bootstrap}
         found = identify(trace, MARKERS, 2, seed=SEEDS["identify"], **options)
         reference = identify(self.read(solved), MARKERS, 2, seed=SEEDS["identify"], **options)
         RoutingCounts.from_trace(trace).save(self.file("uses.counts.safetensors"))
+        self.keep("found", found)
+        return identification_figures(found, reference)
+
+    def smoothed(self) -> dict[str, Any]:
+        """The same with pairs that never came together smoothed: other experts, tested alike."""
+        found = identify(
+            self.read(self.responses()), MARKERS, 2, tokenizer=self.tokenizer,
+            smoothing=SMOOTHING, bootstrap=self.sizes.bootstrap, seed=SEEDS["identify"],
+        )  # fmt: skip
+        self.keep("smoothed", found)
+        random = Controls(kinds=("random", "frequency"), draws=self.sizes.draws)
+        validated = self.evaluate("validate", BETAS, Controls(), name="smoothed")
+        return {
+            "smoothing": SMOOTHING,
+            "identify": identification_figures(found, None),
+            "validate": validated,
+            "beta by the rule": self.chosen("smoothed")[0],
+            "test": self.evaluate("test", self.frozen("smoothed"), random, name="smoothed"),
+        }
+
+    def keep(self, name: str, found: Identification) -> None:
         write_steering(
-            self.file("found.steer.json"),
+            self.file(f"{name}.steer.json"),
             Steering(betas=dict.fromkeys(found.chosen, PAPER_BETA)),
             identification=found,
         )
-        return identification_figures(found, reference)
 
     def read(self, rows: list[list[int]]) -> RoutingTrace:
         """The routing of whole texts."""
@@ -157,16 +185,19 @@ class Bench:
                 )
         return recorder.trace
 
-    def evaluate(self, stage: str, betas: tuple[float, ...], controls: Controls) -> dict[str, Any]:
-        """One evaluation of the experts found, kept as a file."""
+    def evaluate(
+        self, stage: str, betas: tuple[float, ...], controls: Controls, *, name: str = "found"
+    ) -> dict[str, Any]:
+        """One evaluation of experts found, kept as a file."""
         size = self.sizes.problems[("validate", "test", "transfer").index(stage)]
         tasks = [
             Task(id=f"{one.family}-{n}", prompt=one.prompt, answer=one.answer, checker=CHECKER,
                  family=one.family)
             for n, one in enumerate(self.puzzles(stage, size))
         ]  # fmt: skip
-        file = read_steering(self.file("found.steer.json"))
-        journal = self.file(f"{stage}.journal")
+        file = read_steering(self.file(f"{name}.steer.json"))
+        kept = stage if name == "found" else f"{name}-{stage}"
+        journal = self.file(f"{kept}.journal")
         found = evaluate_steering(
             self.model,
             self.tokenizer,
@@ -180,11 +211,11 @@ class Bench:
             batch_size=128,
             journal=journal,
             tasks_name=stage,
-            steering_name="found.steer.json",
+            steering_name=f"{name}.steer.json",
             resamples=self.sizes.resamples,
             progress=progress_of(stage),
         )
-        found.save(self.file(f"{stage}.steer-eval.json"))
+        found.save(self.file(f"{kept}.steer-eval.json"))
         journal.unlink()
         return evaluation_figures(found)
 
@@ -203,15 +234,16 @@ class Bench:
     def transfer(self) -> dict[str, Any]:
         return self.evaluate("transfer", self.frozen(), self.controls())
 
-    def chosen(self) -> tuple[float, float]:
+    def chosen(self, name: str = "found") -> tuple[float, float]:
         """Beta by the rule (1: do not steer), and the best one above 1 on the validation split."""
-        found = SteeringEvaluation.load(self.file("validate.steer-eval.json"))
+        kept = "validate" if name == "found" else f"{name}-validate"
+        found = SteeringEvaluation.load(self.file(f"{kept}.steer-eval.json"))
         best = max(found.of_kind("steered"), key=lambda arm: (sum(arm.right), -arm.beta))
         return select_beta(found), best.beta
 
-    def frozen(self) -> tuple[float, ...]:
+    def frozen(self, name: str = "found") -> tuple[float, ...]:
         """What is tested: the rule's beta, or the best above 1 if it says 1, and the paper's."""
-        rule, best = self.chosen()
+        rule, best = self.chosen(name)
         return tuple(dict.fromkeys((rule if rule != 1 else best, PAPER_BETA)))
 
     def controls(self) -> Controls:
