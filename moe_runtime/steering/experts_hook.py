@@ -60,7 +60,7 @@ class ExpertsHook:
         """Replace choices and weights; None for no change."""
         # Cheaper in plain running than a decorator that keeps the compiler out.
         if torch.compiler.is_compiling():
-            return self._uncompiled(module, args, kwargs)
+            return self._uncompiled(module, args, kwargs)  # type: ignore[no-any-return]
         return self._changed(module, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
