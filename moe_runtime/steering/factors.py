@@ -13,8 +13,8 @@ from moe_runtime.steering.values import Beta
 
 __all__ = ["LayerFactors", "UseCounter"]
 
-_PENDING = 256  # calls
 _PENDING_ELEMENTS = 1 << 16
+_EACH = 256  # that a call counts for besides its own: so there are never many small ones
 
 
 class UseCounter:
@@ -35,8 +35,8 @@ class UseCounter:
     def add(self, index: torch.Tensor) -> None:
         """Take in chosen experts, any shape. The tensor must not be changed afterwards."""
         self._pending.append(index)
-        self._elements += index.numel()
-        if len(self._pending) >= _PENDING or self._elements > _PENDING_ELEMENTS:
+        self._elements += index.numel() + _EACH
+        if self._elements > _PENDING_ELEMENTS:
             self._flush()
 
     def add_count(self, expert: int, count: int) -> None:
