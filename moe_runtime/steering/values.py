@@ -26,8 +26,8 @@ class Steering:
 
     Args:
         betas: `{(layer, expert): beta}`; layers are the model's own absolute indices. One finite
-            number of at least 0, or one for each row of the batch. 1 changes nothing, less than 1
-            suppresses.
+            number of at least 0, or one for each row of the batch. 1 changes nothing (but "force"
+            forces all the same), less than 1 suppresses.
         method: "multiply" is the paper's: where the router chose the expert its weight is
             multiplied by beta, after top-k and normalisation. "logit_bias" adds log(beta) to the
             router's logit before top-k. "force" puts the expert among the chosen ones, in the
