@@ -94,8 +94,8 @@ SURFACE = {
     },
     "steer find": {
         *("TRACE...", "--tokenizer", "--token", "--top", "--beta", "--prompt", "--least-joint"),
-        *("--least-uses", "--bootstrap", "--seed", "--picture", "--out", "--revision"),
-        *("--subfolder", "--local-files-only"),
+        *("--least-uses", "--smoothing", "--bootstrap", "--seed", "--picture", "--out"),
+        *("--revision", "--subfolder", "--local-files-only"),
     },
     "train-predictor": {
         *("TRACE...", "--out", "--preset", "--epochs", "--minutes", "--held-out", "--seed"),

@@ -123,6 +123,11 @@ def test_damage_is_named(path: Path, change: Callable[[dict[str, Any]], object],
     assert str(path) in str(caught.value)
 
 
+def test_a_file_without_smoothing_had_none(path: Path) -> None:
+    read = read_steering(changed(path, lambda data: data["identification"].pop("smoothing")))
+    assert read.identification == FOUND
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [

@@ -81,6 +81,27 @@ def test_npmi_of_known_counts(counts: tuple[int, int, int, int], value: float) -
     assert float(npmi(*counts)) == pytest.approx(value, abs=1e-12)
 
 
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 50), st.floats(0.01, 10))
+def test_smoothing_keeps_independence_and_takes_the_cliff_away(
+    marked: int, uses: int, rows: int, added: float
+) -> None:
+    rows = 10 * rows + marked * uses
+    # joint / marked = uses / rows: independent with and without the added rows.
+    assert abs(float(npmi(marked * uses / rows, marked, uses, rows, smoothing=added))) < 1e-9
+    none, once = npmi([0, 1], [marked] * 2, [uses] * 2, [rows] * 2, smoothing=added)
+    assert -1 < none < once <= 1
+    # More rows added, less said: what never came together is nearer to 0.
+    assert none <= float(npmi(0, marked, uses, rows, smoothing=2 * added))
+
+
+def test_smoothing_is_as_counting_the_added_rows() -> None:
+    # 4 of 20 rows are marked; 5 rows added that choose the expert as all do, in 8 of 20.
+    assert float(npmi(3, 4, 8, 20, smoothing=5)) == float(npmi(3 + 2, 4 + 5, 8 + 2, 20 + 5))
+    one = found(random_trace(17), smoothing=5.0)
+    assert one.smoothing == 5.0
+    assert min(value for expert in one.ranked for value in expert.npmi) > -1
+
+
 # -- counting --------------------------------------------------------------------------------------
 
 
@@ -400,7 +421,8 @@ def test_refusals_say_what_to_do() -> None:
         ({"top": 0}, "top has to be 1 or more"),
         ({"least_joint": 0}, "least_joint has to be 1"),
         ({"bootstrap": -1}, "bootstrap cannot be negative"),
-        ({"level": 95.0}, "share between 0 and 1, found 95.0"),
+        ({"smoothing": -1.0}, "smoothing is a number of at least 0, found -1.0"),
+        ({"smoothing": np.nan}, "smoothing is a number"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], text: str) -> None:

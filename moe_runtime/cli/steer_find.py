@@ -98,6 +98,15 @@ def find(  # noqa: PLR0913, PLR0917  the command's options
     least_uses: Annotated[
         int, typer.Option("--least-uses", min=1, help="Rows of any kind it needs.")
     ] = 20,
+    smoothing: Annotated[
+        float,
+        typer.Option(
+            "--smoothing",
+            min=0,
+            help="Marker rows added at the experts' overall shares, so that a pair that never came "
+            "together is not -1 outright; 0: the paper's.",
+        ),
+    ] = 0.0,
     bootstrap: Annotated[
         int, typer.Option("--bootstrap", min=0, help="Resamples of the sequences; 0: no intervals.")
     ] = 200,
@@ -151,6 +160,7 @@ def find(  # noqa: PLR0913, PLR0917  the command's options
                 prompt=prompt,
                 least_joint=least_joint,
                 least_uses=least_uses,
+                smoothing=smoothing,
                 bootstrap=bootstrap,
                 seed=seed,
                 progress=told,
@@ -272,6 +282,12 @@ def _remarks(found: Identification, tokenizer: str) -> list[str]:
         )
     ranked = f"{found.rankable:,} of {sum(found.experts):,} experts ranked ({bar})"
     lines.append(f"{ranked}; under a marker: nPMI (rows with both)")
+    never = sum(0 in one.joint for one in found.ranked[: found.top])
+    if never and not found.smoothing:
+        lines.append(
+            f"{never} of the {found.top} chosen never came with some marker, which counts as nPMI "
+            "-1 outright, also in every resample; see what --smoothing 1 ranks first"
+        )
     if found.tied_out:
         lines.append(
             f"{found.tied_out} experts more have the score of the last chosen one; chosen by joint "

@@ -88,6 +88,7 @@ class Identification:
         bootstrap: replicates (0: none), each of as many sequences, drawn with replacement.
         redrawn: draws thrown away because a marker did not occur in them.
         level: of the intervals.
+        smoothing: marker rows that were added for nPMI; 0: none, the paper's.
         seed: of the draws.
         model_id, fingerprint, tokenizer_id: of the traces; "" if unknown.
         traces: names of the recordings.
@@ -112,6 +113,7 @@ class Identification:
     redrawn: int
     level: float
     seed: int
+    smoothing: float = 0.0
     model_id: str = ""
     fingerprint: str = ""
     tokenizer_id: str = ""
@@ -170,6 +172,7 @@ class Identification:
             npmi=tuple(_map(one, "npmi", experts) for one in maps),
             prompt=fields.flag(data, "prompt"),
             level=fields.number(data, "level"),
+            smoothing=fields.number(data, "smoothing") if "smoothing" in data else 0.0,
             traces=tuple(str(one) for one in traces),
             model_id=fields.text(data, "model_id"),
             fingerprint=fields.text(data, "fingerprint"),

@@ -5,6 +5,7 @@ Knows traces, markers and nPMI; does not know how experts are reinforced, nor fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,12 +28,13 @@ from moe_runtime.steering.recordings import Counted, counted_rows, open_recordin
 from moe_runtime.trace import PathLike, RoutingTrace
 from moe_runtime.trace_reader import TraceReader
 
-__all__ = ["LISTED", "PAPER_TOKENS", "Progress", "identify"]
+__all__ = ["LEVEL", "LISTED", "PAPER_TOKENS", "Progress", "identify"]
 
 # RICE prefers starting a thought over ending it or switching to another.
 PAPER_TOKENS: Mapping[str, float] = MappingProxyType(
     {"<think>": 1.0, "</think>": -1.0, "Alternatively": -1.0}
 )
+LEVEL = 0.95  # of intervals
 LISTED = 20  # experts in `ranked` at least, chosen or not
 _MAP_DECIMALS = 6
 _BLOCK_ROWS, _LEAST_ROWS = 8192, 256
@@ -51,7 +53,7 @@ class _Options:
     least_joint: int
     least_uses: int
     bootstrap: int
-    level: float
+    smoothing: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -61,8 +63,8 @@ class _Options:
         for name in ("bootstrap", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} cannot be negative, found {getattr(self, name)}")
-        if not 0 < self.level < 1:
-            raise ConfigError(f"level is a share between 0 and 1, found {self.level}")
+        if not 0 <= self.smoothing < math.inf:
+            raise ConfigError(f"smoothing is a number of at least 0, found {self.smoothing}")
 
 
 def identify(
@@ -75,7 +77,7 @@ def identify(
     least_joint: int = 5,
     least_uses: int = 20,
     bootstrap: int = 200,
-    level: float = 0.95,
+    smoothing: float = 0.0,
     seed: int = 0,
     fingerprint: str = "",
     progress: Progress | None = None,
@@ -88,8 +90,9 @@ def identify(
     response, and an expert that never met any marker scores -(sum of coefficients), +1 with the
     paper's three. So experts need some events to be ranked, and the bootstrap, over sequences
     since rows of one sequence are no independent events, tells how far the ranking is to be
-    trusted. Its intervals are of each expert by itself: the best of many experts owes part of its
-    score to chance, which no interval here takes away.
+    trusted. Two things it cannot tell. Intervals are of each expert by itself: the best of many
+    owes part of its score to chance. And a pair that never came together has nPMI -1 in every
+    replicate too, where one event more could make it anything: `smoothing` takes this cliff away.
 
     Ties: experts whose scores agree to 12 decimals stand in the order of their joint counts,
     highest first, then of layers, then of numbers; `tied` and `tied_out` say how many.
@@ -109,7 +112,7 @@ def identify(
             (together; of any, if none is positive) that it needs to be ranked.
         least_uses: rows of any kind that it needs.
         bootstrap: replicates; 0: none. Fewer than two sequences: none either.
-        level: of the intervals.
+        smoothing: marker rows added at the experts' overall shares, see `npmi`; 0 is the paper's.
         seed: of the bootstrap's draws.
         fingerprint: of the model that is meant; "" if that does not matter.
         progress: is told the rows counted so far and of all.
@@ -126,14 +129,14 @@ def identify(
         least_joint=least_joint,
         least_uses=least_uses,
         bootstrap=bootstrap,
-        level=level,
+        smoothing=smoothing,
         seed=seed,
     )
     markers, weights = _markers(tokens, tokenizer)
     readers = open_recordings(trace, fingerprint=fingerprint, tokenizer=tokenizer)
     counted = counted_rows(readers, markers, prompt=prompt, tokenizer=tokenizer)
     draws, redrawn = _draws(counted, options)
-    tally = Tally(readers[0].grid, len(markers), draws)
+    tally = Tally(readers[0].grid, len(markers), draws, smoothing=smoothing)
     _count(readers, counted, tally, progress)
     classes = _classes(markers, weights, counted)
     return _identification(readers, classes, counted, tally, options, redrawn)
@@ -221,7 +224,7 @@ def _identification(
         tokens=classes,
         top=top,
         ranked=ranked_experts(
-            scored, tally, weights, grid, top=top, listed=max(top, LISTED), level=options.level
+            scored, tally, weights, grid, top=top, listed=max(top, LISTED), level=LEVEL
         ),
         layer_ids=grid.layers,
         experts=grid.experts,
@@ -240,7 +243,8 @@ def _identification(
         tied_out=int((tied >= top).sum()),
         bootstrap=tally.replicates,
         redrawn=redrawn,
-        level=options.level,
+        level=LEVEL,
+        smoothing=options.smoothing,
         seed=options.seed,
         model_id=like.model_id,
         fingerprint=like.fingerprint,

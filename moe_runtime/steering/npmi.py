@@ -15,9 +15,18 @@ from moe_runtime.trace import UNUSED
 
 __all__ = ["Tally", "npmi"]
 
+_WAITING = 256  # sequences
 
-def npmi(joint: ArrayLike, marked: ArrayLike, uses: ArrayLike, rows: ArrayLike) -> FloatArray:
-    """NPMI of two events from counts, elementwise: -1 never together, 0 independent, 1 always.
+
+def npmi(
+    joint: ArrayLike,
+    marked: ArrayLike,
+    uses: ArrayLike,
+    rows: ArrayLike,
+    *,
+    smoothing: float = 0.0,
+) -> FloatArray:
+    """Give nPMI of two events from counts: -1 never together, 0 independent, 1 only together.
 
     With p = count / rows: PMI = log2(p(x, y) / (p(x) p(y))) and nPMI = PMI / -log2 p(x, y), as
     RICE (arXiv 2505.14681, eq. 2 and 3) takes it from Bouma, "Normalized (pointwise) mutual
@@ -29,6 +38,9 @@ def npmi(joint: ArrayLike, marked: ArrayLike, uses: ArrayLike, rows: ArrayLike) 
         marked: rows with the one event, a marker.
         uses: rows with the other, an expert's choice.
         rows: all rows; at least the others.
+        smoothing: so many marker rows are added that choose experts as all rows do. Without them
+            there is a cliff: a pair that came together once may be near 0, one that never did is
+            -1. Independent events stay at 0.
 
     Returns:
         float64, the arguments broadcast.
@@ -37,6 +49,10 @@ def npmi(joint: ArrayLike, marked: ArrayLike, uses: ArrayLike, rows: ArrayLike) 
         np.asarray(values, np.float64) for values in (joint, marked, uses, rows)
     )
     with np.errstate(divide="ignore", invalid="ignore"):
+        if smoothing:
+            added = smoothing * np.nan_to_num(other / total)
+            together, other = together + added, other + added
+            one, total = one + smoothing, total + smoothing
         # Numerator and denominator are differences of logarithms of counts: no share underflows.
         mutual = (np.log2(together) + np.log2(total)) - (np.log2(one) + np.log2(other))
         value = mutual / (np.log2(total) - np.log2(together))
@@ -58,11 +74,18 @@ class Tally:
         grid: layers and experts.
         markers: number of markers.
         draws: `[B, S]`, how often each replicate has each sequence; None without bootstrap.
+        smoothing: of `npmi`.
     """
 
     def __init__(
-        self, grid: ExpertGrid, markers: int, draws: NDArray[np.uint16] | None = None
+        self,
+        grid: ExpertGrid,
+        markers: int,
+        draws: NDArray[np.uint16] | None = None,
+        *,
+        smoothing: float = 0.0,
     ) -> None:
+        self._smoothing = smoothing
         self._grid = grid
         self._draws = draws
         self._offsets = np.asarray(grid.offsets, np.int64)
@@ -73,6 +96,8 @@ class Tally:
         self._tables = np.zeros((markers + 1, width), np.int64)
         replicates = 0 if draws is None else len(draws)
         self._replicates = np.zeros((markers + 1, replicates, width), np.float64)
+        # Counts by sequence, not in the replicates yet: few large products cost less than many.
+        self._waiting: list[list[tuple[IntArray, IntArray]]] = [[] for _ in self._tables]
 
     def add(self, ids: NDArray[np.uint16], sequences: IntArray, marked: NDArray[np.bool_]) -> None:
         """Count a block of rows.
@@ -89,15 +114,26 @@ class Tally:
             known, places = np.zeros(1, np.int64), np.zeros(len(ids), np.int64)
         else:
             known, places = np.unique(sequences, return_inverse=True)
-        weights = None if self._draws is None else self._draws[:, known].astype(np.float64)
         for table, rows in enumerate([np.arange(len(ids)), *map(np.flatnonzero, marked)]):
             if not len(rows):
                 continue
             counts = self._count(index[:, rows] if table else index, places[rows], len(known))
             self._tables[table] += counts.sum(axis=0)
-            if weights is not None:
-                # Sums of whole numbers far below 2^53: exact, in whatever order they are added.
-                self._replicates[table] += weights @ counts.astype(np.float64)
+            if self._draws is not None:
+                there = np.unique(places[rows]) if table else slice(None)
+                self._waiting[table].append((known[there], counts[there]))
+                if sum(len(some) for some, _ in self._waiting[table]) >= _WAITING:
+                    self._settle(table)
+
+    def _settle(self, table: int) -> None:
+        """Add what waits to the replicates."""
+        waiting = self._waiting[table]
+        if self._draws is not None and waiting:
+            known = np.concatenate([some for some, _ in waiting])
+            counts = np.concatenate([some for _, some in waiting]).astype(np.float64)
+            # Sums of whole numbers far below 2^53: exact, in whatever order they are added.
+            self._replicates[table] += self._draws[:, known].astype(np.float64) @ counts
+            waiting.clear()
 
     def _index(self, ids: NDArray[np.uint16]) -> NDArray[Any]:
         """int64 `[K + 1, n, L]`: the column of each entry; the last is that of the layer's row.
@@ -150,10 +186,13 @@ class Tally:
     def npmi(self) -> FloatArray:
         """float64 `[M, experts]`."""
         rows = self._tables[0, self._grid.size + self._layer]
-        return npmi(self.joint, self.marked, self.uses, rows)
+        return npmi(self.joint, self.marked, self.uses, rows, smoothing=self._smoothing)
 
     def replicate(self, number: int) -> tuple[FloatArray, FloatArray]:
-        """NPMI and joint counts of one replicate, float64 `[M, experts]` each."""
+        """The nPMI and joint counts of one replicate, float64 `[M, experts]` each."""
+        for place in range(len(self._tables)):
+            self._settle(place)
         table = self._replicates[:, number]
         experts, layers = table[:, : self._grid.size], table[:, self._grid.size + self._layer]
-        return npmi(experts[1:], layers[1:], experts[0], layers[0]), experts[1:]
+        values = npmi(experts[1:], layers[1:], experts[0], layers[0], smoothing=self._smoothing)
+        return values, experts[1:]
