@@ -54,7 +54,7 @@ def run(model: PreTrainedModel) -> torch.Tensor:
 
 
 def prepared(case: ArchitectureCase) -> tuple[PreTrainedModel, Calls]:
-    """A tiny model in float64, in which sums in another order are as good as equal."""
+    """A tiny model that sums expert by expert, and what its experts are called with."""
     model = build(case, torch.float32)
     model.set_experts_implementation("eager")
     return model, Calls(model)
@@ -65,8 +65,6 @@ def test_a_share_is_scaled_and_nothing_else(case: ArchitectureCase) -> None:
     model, calls = prepared(case)
     plain = run(model)
     assert plain.isfinite().all()
-    layer = calls.spec.layers[0]
-    assert calls.found, "no experts ran"
     layer = next(one for one in calls.spec.layers if one.layer in calls.found)
     index, weights, whole = calls.found[layer.layer]
     expert = int(index[-1, 0])

@@ -32,7 +32,7 @@ from moe_runtime.steering.separate_experts import SeparateExperts
 from moe_runtime.steering.slots import keep_in_slots
 from moe_runtime.steering.spans import ThinkingSpans
 from moe_runtime.steering.values import Beta, Method, Steering
-from moe_runtime.steps import Step, step_modules
+from moe_runtime.steps import step_modules
 
 __all__ = ["SteeringHandle", "steer"]
 
@@ -122,7 +122,7 @@ def steer(
     rows = CallRows(
         batch=batch_size(asked),
         new_spans=_new_spans(asked.thinking, tokenizer),
-        runtime_step=lambda: _runtime_step(model),
+        runtime_step=lambda: None if runtime is None else runtime.executor.step,
     )
     with ExitStack() as undo:
         counters: dict[int, UseCounter] = {}
@@ -199,9 +199,3 @@ def _runtime_of(model: PreTrainedModel) -> Runtime | None:
         return runtime_of(model)
     except AttachError:
         return None
-
-
-def _runtime_step(model: PreTrainedModel) -> Step | None:
-    """The forward call under way as an attached runtime has read it."""
-    runtime = _runtime_of(model)
-    return None if runtime is None else runtime.executor.step

@@ -54,15 +54,29 @@ class ExpertsHook:
         self._force = tuple(force)
         self._router = router
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Replace choices and weights; None for no change."""
+        # Cheaper in plain running than a decorator that keeps the compiler out.
+        if torch.compiler.is_compiling():
+            return self._uncompiled(module, args, kwargs)  # type: ignore[no-any-return]
+        return self._changed(module, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return self._changed(module, args, kwargs)
+
+    def _changed(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._router is not None:
             self._router.require_ran(forget=True)
         rows = self._rows
-        if rows.active is False:
+        active: torch.Tensor | bool | None = rows.active
+        if active is False:
             return None
         if len(args) != _ARGUMENTS or kwargs:
             args = _in_order(module, args, kwargs)
@@ -73,7 +87,8 @@ class ExpertsHook:
                 f"{tuple(index.shape)} and weights of shape {tuple(weights.shape)}; steering needs "
                 "one weight for each choice"
             )
-        active = rows.steered(len(index), self._path)
+        if active is not None or rows.batch is not None:
+            active = rows.steered(len(index), self._path)
         some = active if isinstance(active, torch.Tensor) else None
         if self._force:
             index = forced(index, weights, self._force, some)

@@ -13,8 +13,8 @@ from moe_runtime.steering.values import Beta
 
 __all__ = ["LayerFactors", "UseCounter"]
 
-_PENDING = 256  # calls
 _PENDING_ELEMENTS = 1 << 16
+_EACH = 256  # that a call counts for besides its own: so there are never many small ones
 
 
 class UseCounter:
@@ -35,8 +35,8 @@ class UseCounter:
     def add(self, index: torch.Tensor) -> None:
         """Take in chosen experts, any shape. The tensor must not be changed afterwards."""
         self._pending.append(index)
-        self._elements += index.numel()
-        if len(self._pending) >= _PENDING or self._elements > _PENDING_ELEMENTS:
+        self._elements += index.numel() + _EACH
+        if self._elements > _PENDING_ELEMENTS:
             self._flush()
 
     def add_count(self, expert: int, count: int) -> None:
@@ -79,6 +79,8 @@ class LayerFactors:
         self._by_row = batch is not None
         self._table = table if self._by_row else table[0]
         self._renormalise = renormalise
+        self._placed: torch.Tensor | None = None
+        self._like: tuple[torch.dtype, torch.device] | None = None
 
     def apply(
         self,
@@ -98,13 +100,14 @@ class LayerFactors:
         Returns:
             Floats like `weights`; what no beta but 1 touches keeps its bits.
         """
-        if self._table.device != index.device:
-            self._table = self._table.to(index.device)
+        table = self._placed
+        if table is None or self._like != (weights.dtype, index.device):
+            table = self._place(weights.dtype, index.device)
         if self._by_row:
             assert owner is not None, "betas by row come with rows"
-            factors = self._table[owner.to(index.device)[:, None], index]
+            factors = table[owner.to(index.device)[:, None], index]
         else:
-            factors = self._table[index]
+            factors = table.take(index if index.dtype == torch.int64 else index.long())
         if active is not None:
             factors = factors.where(active.to(index.device)[:, None], 1.0)
         changed = weights * factors
@@ -114,3 +117,14 @@ class LayerFactors:
             after = changed.sum(-1, keepdim=True)
             changed = changed * torch.where(after == 0, torch.ones_like(after), before / after)
         return changed if changed.dtype == weights.dtype else changed.to(weights.dtype)
+
+    def _place(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The table where the weights are; in their dtype if that holds every beta exactly.
+
+        A product of two numbers of a short dtype is rounded once, as that of a longer one is when
+        it is shortened: the bits do not depend on it.
+        """
+        table, short = self._table.to(device), self._table.to(device, dtype)
+        fits = not self._renormalise and bool((short.to(table.dtype) == table).all())
+        self._placed, self._like = (short if fits else table), (dtype, device)
+        return self._placed

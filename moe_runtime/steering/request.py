@@ -60,7 +60,7 @@ def _name(name: Any) -> tuple[int, int]:
 
 def _beta(name: Any, beta: Any) -> Beta:
     try:
-        if isinstance(beta, Sequence) or getattr(beta, "ndim", 0):
+        if isinstance(beta, Sequence) or bool(getattr(beta, "ndim", 0)):
             return tuple(float(one) for one in beta)
         return float(beta)
     except (TypeError, ValueError) as error:

@@ -80,7 +80,7 @@ class RouterHook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         mode = _AddToScores(self._shape, self._added)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         self._open.append(mode)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -88,7 +88,7 @@ class RouterHook:
         if not self._open:
             return
         mode = self._open.pop()
-        mode.__exit__(None, None, None)
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if output is None:  # the call failed
             return
         if mode.seen != 1:

@@ -85,8 +85,17 @@ class CallRows:
             "cannot be told; run the model itself inside moe_runtime.steer"
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():  # as in `experts_hook`
+            self._uncompiled(module, args, kwargs)
+        else:
+            self._read(module, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _uncompiled(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._read(module, args, kwargs)
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.only_padding:
             ids = kwargs.get("input_ids")
             if ids is not None and ids.numel() == 1:  # a decode step of one sequence: no padding

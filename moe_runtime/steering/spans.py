@@ -99,14 +99,17 @@ class ThinkingSpans:
                     f"{self._columns} were seen. Decoding that takes tokens back (assisted) cannot "
                     "be steered by thinking spans"
                 )
+            if past and self._inside and rows != len(self._inside):
+                raise AttachError(
+                    f"thinking spans cannot be told: {len(self._inside)} rows began, {rows} go on"
+                )
             self._columns = past + length
         if not past:
             for name in names:
                 self._inside[name], self._counts[name] = False, 0
                 self._tails[name] = [_NO_TOKEN] * self._memory
-        known = len(self._inside) if names == tuple(range(rows)) else rows
         unseen = [name for name in names if name not in self._inside]
-        if unseen or known < rows:
+        if unseen:
             raise AttachError(
                 f"thinking spans cannot be told: {len(unseen)} of {rows} rows go on from a cache "
                 "whose beginning was not seen; enter moe_runtime.steer(..., thinking=...) before "
