@@ -1,7 +1,7 @@
 """How fast steering evaluations sample: tokens a second on the bundled model, all experts loaded.
 
 Two ways in one run, in turns, one thread: `complete` (random numbers of each sample's own; a
-batch ends when three quarters of it have, the rest go on among their like) at several batch sizes,
+batch ends when three quarters of it have, the rest go on among their like) at two batch sizes,
 and transformers' own `generate(do_sample=True)` on the same batches to their longest sample.
 Counted are tokens up to the end token; padding is not. Run:
 
@@ -29,7 +29,6 @@ from moe_runtime.version import __version__
 from peers.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "steering_sampling.json"
-SIZES = (32, 128)
 STOP, PAD = 2, 0
 LIMIT, SEED = 128, 0
 
@@ -69,7 +68,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     path = moe_runtime.bundled_model()
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, name)).eval()
+        for name in ("float32", "bfloat16")
+    }
+    model = models["float32"]
     tokenizer = AutoTokenizer.from_pretrained(path)
     wanted = [
         Request(problem=f"{at}", sample=sample, prompt=tuple(tokenizer.encode(puzzle.prompt)))
@@ -77,9 +80,11 @@ def main() -> None:
         for sample in range(options.samples)
     ]
     ways: dict[str, Way] = {
-        f"complete, {n} rows": lambda n=n: ours(model, wanted, n) for n in SIZES
+        "complete, 32 rows, float32": lambda: ours(model, wanted, 32),
+        "complete, 128 rows, float32": lambda: ours(model, wanted, 128),
+        "complete, 128 rows, bfloat16": lambda: ours(models["bfloat16"], wanted, 128),
+        "transformers generate, 128 rows, float32": lambda: plain(model, wanted, 128),
     }
-    ways["transformers generate, 128 rows"] = lambda: plain(model, wanted, 128)
     ours(model, wanted[:64], 64)  # warm-up
     runs: dict[str, list[tuple[int, float, float]]] = {name: [] for name in ways}
     for _ in range(options.rounds):

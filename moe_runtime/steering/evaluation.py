@@ -271,7 +271,7 @@ def select_beta(evaluation: SteeringEvaluation) -> float:
     Of the steered arms and the unsteered one (beta 1) the most accurate is found; every arm that
     is within noise of it may stand in for it, and of these the smallest beta is taken. Within
     noise: the best arm is less than one standard error ahead, of the paired difference over
-    problems (the one-standard-error rule of Breiman et al. 1984, section 3.4.3, on paired
+    problems (the one-standard-error rule of Breiman et al. 1984, on paired
     differences). So steering is chosen only if it was ahead of doing nothing by more than that.
     Betas below 1 are ordered after the larger ones, by their distance from 1 on the log scale.
     """

@@ -80,7 +80,7 @@ def cluster_weights(problems: int, *, resamples: int, seed: int) -> IntArray:
 
 
 def bootstrap_mean(values: Sequence[float], weights: IntArray, *, confidence: float) -> Interval:
-    """Interval of the mean over problems (percentile method, Efron & Tibshirani 1993, ch. 13).
+    """Interval of the mean over problems (percentile method, Efron & Tibshirani 1993).
 
     Args:
         values: one for each problem, the mean of its samples.
@@ -167,7 +167,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pass_at_k(right: int, count: int, k: int) -> float:
     """Chance that one of k samples, drawn from `count` of which `right` are right, is right.
 
-    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, section 2.1).
+    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374).
     """
     if not 1 <= k <= count:
         raise ConfigError(f"pass@k needs k of 1 to the {count} samples, found {k}")

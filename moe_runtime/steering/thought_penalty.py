@@ -17,7 +17,7 @@ Markers = Sequence[tuple[int, ...]]  # token sequences that all count as one mar
 
 
 class ThoughtSwitchingPenalty(LogitsProcessor):
-    """Lowers the logits of some tokens while a thought is young (Wang et al. 2025, section 4).
+    """Lowers the logits of some tokens while a thought is young (arXiv 2501.18585).
 
     A thought begins after a start marker, and after each of the tokens themselves; it ends with an
     end marker. For the first `span` tokens of a thought, each of the tokens costs `penalty` logits.
