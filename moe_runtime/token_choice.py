@@ -5,6 +5,8 @@ Knows logits and seeds; no models.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 __all__ = ["TokenChoice"]
@@ -27,9 +29,10 @@ class TokenChoice:
         self._temperature = temperature
         self._noise: torch.Generator | None = None
         if temperature:
-            # Seeds next to each other give unrelated numbers, so the sum needs no mixing, but the
-            # prompts of one seed must not be those of the next.
-            self._noise = torch.Generator().manual_seed((seed << 24) + number)
+            # Torch's generator on a CPU takes in 32 bits of a seed: both numbers go into all of them.
+            name = f"{seed} {number}".encode()
+            key = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
+            self._noise = torch.Generator().manual_seed(key)
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """What the token is the largest of, float64 `[V]`, for the next step; uses its noise up.

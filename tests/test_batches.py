@@ -196,6 +196,15 @@ def test_drawn_tokens_do_not_depend_on_the_batches(model: PreTrainedModel) -> No
     assert run(model, temperature=1.0, seed=4).outputs != drawn.outputs
 
 
+def test_no_seed_draws_what_another_draws() -> None:
+    logits, seen = torch.zeros(8), set()
+    for seed in (0, 1, 2, 256, 1 << 24, 1 << 32):
+        for number in (0, 1, 256):
+            choice = TokenChoice(temperature=1.0, seed=seed, number=number)
+            seen.add(tuple(choice.scores(logits).tolist()))
+    assert len(seen) == 18
+
+
 def test_drawn_tokens_follow_the_softmax() -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 3.0])
     choice = TokenChoice(temperature=2.0, seed=1, number=0)
