@@ -38,7 +38,7 @@ kernels.*         | kernels.*                              | torch numpy triton
 config            |                                        |
 memory            |                                        | torch psutil
 device            |                                        | torch
-hardware          | memory                                 | torch numpy psutil pynvml
+hardware.*        | memory hardware.*                      | torch numpy psutil pynvml
 expert_modules    |                                        | torch
 model_spec        | expert_modules                         | torch transformers
 paged             |                                        | torch
