@@ -39,6 +39,7 @@ config            |                                        |
 memory            |                                        | torch psutil
 device            |                                        | torch
 hardware.*        | memory hardware.*                      | torch numpy psutil pynvml
+places            | hardware.*                             | numpy
 expert_modules    |                                        | torch
 model_spec        | expert_modules                         | torch transformers
 paged             |                                        | torch
