@@ -42,6 +42,7 @@ SURFACE = {
         *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
         *("--every", "--predictor", "--compare", "--verify", "--out"),
     },
+    "hardware": {"--path", "--expert-shape", "--dtype", "--refresh", "--cache-dir"},
     "inspect": {
         *("MODEL", "--expert-budget", "--reader-threads", "--dtype", "--revision", "--subfolder"),
         *("--variant", "--local-files-only"),

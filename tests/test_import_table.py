@@ -123,6 +123,7 @@ batches           | runtime scheduler predictors.* token_choice prompt_state pat
                     batch_run batch_loop batch_check       | transformers
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
+                    hardware.*                             \
                     cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* importers.* trace trace_summary routing_counts corpus cli.* \
                   | typer rich numpy torch transformers
