@@ -55,9 +55,10 @@ routing_counts    | trace                                  | numpy safetensors
 trace_summary     | trace routing_counts                   | numpy
 corpus            |                                        |
 importers.*       | trace trace_writer routing_counts importers.* | numpy torch safetensors
+kv_cache          |                                        | torch transformers
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
-budget            | memory model_spec slots store          | torch transformers
+budget            | memory model_spec slots store hardware.* kv_cache | torch transformers
 selection         |                                        | numpy
 eviction_learned  | selection                              | numpy
 eviction_predicted | eviction_learned selection            | numpy

@@ -6,6 +6,7 @@ Knows no model and no routing.
 from moe_runtime.hardware.cache import (
     cached_path,
     cached_profile,
+    known_profile,
     load_profile,
     profile_from_dict,
     profile_to_dict,
@@ -19,6 +20,7 @@ __all__ = [
     "HardwareProfile",
     "cached_path",
     "cached_profile",
+    "known_profile",
     "load_profile",
     "measure_hardware",
     "profile_from_dict",

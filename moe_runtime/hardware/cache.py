@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import platform
 import sys
@@ -26,6 +27,7 @@ __all__ = [
     "cache_folder",
     "cached_path",
     "cached_profile",
+    "known_profile",
     "load_profile",
     "machine_key",
     "profile_from_dict",
@@ -33,13 +35,16 @@ __all__ = [
     "save_profile",
 ]
 
+_LOG = logging.getLogger(__name__)
+
 FORMAT, VERSION = "moe-runtime.hardware", 1
 
 
 def profile_to_dict(profile: HardwareProfile) -> dict[str, Any]:
     """Plain data for JSON; `profile_from_dict` gives an equal profile."""
-    plain: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-    return plain | json.loads(json.dumps(dataclasses.asdict(profile), allow_nan=False))
+    # Through JSON and back: tuples become the lists that a file has.
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(profile), allow_nan=False))
+    return {"format": FORMAT, "version": VERSION, **plain}
 
 
 def profile_from_dict(data: Any) -> HardwareProfile:
@@ -118,3 +123,25 @@ def cached_profile(folder: str | os.PathLike[str] | None = None) -> HardwareProf
     """
     path = cached_path(folder)
     return load_profile(path) if path.is_file() else None
+
+
+def known_profile(named: str | None) -> HardwareProfile | None:
+    """The profile that an option names: a path, `"auto"` for this machine's, None for none.
+
+    With `"auto"` a damaged file is none, with a warning: nobody asked for it.
+
+    Raises:
+        ConfigError: a path that cannot be read as a profile.
+    """
+    if named is None:
+        return None
+    if named != "auto":
+        profile = load_profile(named)
+        if profile.machine != machine_key():
+            _LOG.warning("%s was measured on another kind of machine", named)
+        return profile
+    try:
+        return cached_profile()
+    except ConfigError as error:
+        _LOG.warning("the hardware profile is not used: %s", error)
+        return None

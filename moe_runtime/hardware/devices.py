@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,35 +90,33 @@ def _no_driver(nvml: Any, error: Exception) -> str:
 def _each(nvml: Any, names: dict[str, str], notes: list[Note]) -> Iterator[DeviceFacts]:
     silent: set[str] = set()
 
-    def ask(what: str, question: Callable[[], Any]) -> Any:
+    def ask(what: str, function: str, *arguments: Any) -> Any:
         """The driver's answer; None where it is too old, or may not, or cannot give one."""
         try:
-            return question()
+            return getattr(nvml, function)(*arguments)
         except (nvml.NVMLError, AttributeError) as error:
             silent.add(f"{what} ({error})")
             return None
 
-    driver = _text(ask("driver version", nvml.nvmlSystemGetDriverVersion) or "")
+    driver = _text(ask("driver version", "nvmlSystemGetDriverVersion") or "")
     for index in range(int(nvml.nvmlDeviceGetCount())):
-        handle = ask(f"GPU {index}", lambda at=index: nvml.nvmlDeviceGetHandleByIndex(at))
+        handle = ask(f"GPU {index}", "nvmlDeviceGetHandleByIndex", index)
         if handle is None:
             continue
-        uuid = _text(ask("uuid", lambda h=handle: nvml.nvmlDeviceGetUUID(h)) or "")
-        memory = ask("memory", lambda h=handle: nvml.nvmlDeviceGetMemoryInfo(h))
+        uuid = _text(ask("uuid", "nvmlDeviceGetUUID", handle) or "")
+        memory = ask("memory", "nvmlDeviceGetMemoryInfo", handle)
         cuda = names.get(uuid.removeprefix("GPU-"))
         if cuda is None:
             why = "PyTorch cannot use it (built without CUDA, hidden, or an old driver)"
             notes.append(Note(what=f"speed of GPU {index}", why=why))
         yield DeviceFacts(
-            name=_text(ask("name", lambda h=handle: nvml.nvmlDeviceGetName(h)) or "unknown GPU"),
+            name=_text(ask("name", "nvmlDeviceGetName", handle) or "unknown GPU"),
             cuda=cuda,
             memory_bytes=0 if memory is None else int(memory.total),
             free_bytes=0 if memory is None else int(memory.free),
             driver=driver,
-            link_generation=ask(
-                "link generation", lambda h=handle: nvml.nvmlDeviceGetMaxPcieLinkGeneration(h)
-            ),
-            link_width=ask("link width", lambda h=handle: nvml.nvmlDeviceGetMaxPcieLinkWidth(h)),
+            link_generation=ask("link generation", "nvmlDeviceGetMaxPcieLinkGeneration", handle),
+            link_width=ask("link width", "nvmlDeviceGetMaxPcieLinkWidth", handle),
             peer_links=_peer_links(nvml, handle),
         )
     if silent:

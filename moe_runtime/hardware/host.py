@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,11 +92,10 @@ def memory_rates(*, nbytes: int | None = None, most_threads: int = 16) -> Iterat
         count for count in counts if count <= max(1, min(usable_cores(), most_threads))
     ]:
         with ThreadPoolExecutor(threads) as pool:
-            parts = list(
-                zip(*(np.array_split(one, threads) for one in (source, target)), strict=True)
-            )
-            read = sample(lambda pool=pool, parts=parts: _each(pool, _read, parts), least=5)
-            copy = sample(lambda pool=pool, parts=parts: _each(pool, _copy, parts), least=5)
+            halves = (np.array_split(one, threads) for one in (source, target))
+            parts = list(zip(*halves, strict=True))
+            read = sample(partial(_each, pool, _read, parts), least=5)
+            copy = sample(partial(_each, pool, _copy, parts), least=5)
         for kind, times, moved in (("read", read, 1), ("copy", copy, 2)):
             yield MemoryRate(
                 place="host",
