@@ -230,7 +230,9 @@ def plan_budget(
         smallest = least_budget(
             spec, threads=threads, floor=floor, disk=disk, flips=flips, pinned=pinned
         )
-        raise BudgetError(_too_small(spec, total, smallest, staging, max(sizes), pinned))
+        text = _too_small(spec, total, smallest, staging, max(sizes), pinned)
+        # Nobody asked for this number of bytes: say how it came about.
+        raise BudgetError(f"{text} ({explanation})" if explanation.startswith("auto") else text)
     # Shapes share what is left in proportion to the bytes of all their experts.
     rest = total - staging - base
     weight = [count * size for count, size in zip(whole, sizes, strict=True)]

@@ -24,14 +24,15 @@ from moe_runtime.hardware import (
     HardwareProfile,
     cached_path,
     cached_profile,
+    disk,
     load_profile,
+    measure,
     measure_hardware,
     profile_from_dict,
     profile_to_dict,
     save_profile,
 )
 from moe_runtime.hardware import cache as profile_cache
-from moe_runtime.hardware import disk, measure
 from moe_runtime.hardware.compute import copy_times, device_memory_rates, expert_times
 from moe_runtime.hardware.curves import seconds_at
 from moe_runtime.hardware.devices import find_devices
