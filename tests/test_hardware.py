@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +30,6 @@ from moe_runtime.hardware import (
 from moe_runtime.hardware import cache as profile_cache
 from moe_runtime.hardware.compute import copy_times, device_memory_rates, expert_times
 from moe_runtime.hardware.curves import seconds_at
-from moe_runtime.hardware.devices import find_devices
 from moe_runtime.hardware.host import cache_bytes, memory_rates
 from moe_runtime.hardware.measure import doubts
 from moe_runtime.hardware.values import DeviceFacts, ExpertTime, Note, Spread
@@ -207,142 +201,8 @@ def test_only_a_profile_that_was_asked_for_must_be_whole(
         profile_cache.known_profile(str(kept))
 
 
-# -- devices -------------------------------------------------------------------------------------
-
-
-class FakeNvml(ModuleType):
-    """pynvml of a machine with one GPU; what is in `broken` raises that code."""
-
-    NVML_ERROR_LIBRARY_NOT_FOUND = 12
-    NVML_ERROR_DRIVER_NOT_LOADED = 9
-    NVML_ERROR_LIB_RM_VERSION_MISMATCH = 18
-
-    class NVMLError(Exception):
-        """As in pynvml: a code and a text."""
-
-        def __init__(self, value: int) -> None:
-            super().__init__(f"code {value}")
-            self.value = value
-
-    def __init__(self, broken: dict[str, int] | None = None, *, older: bool = False) -> None:
-        super().__init__("pynvml")
-        self.shut = False
-        broken = broken or {}
-        answers: dict[str, Callable[..., Any]] = {
-            "nvmlInit": lambda: None,
-            "nvmlSystemGetDriverVersion": lambda: b"470.1" if older else "600.1",
-            "nvmlDeviceGetCount": lambda: 1,
-            "nvmlDeviceGetHandleByIndex": lambda index: f"handle {index}",
-            "nvmlDeviceGetUUID": lambda handle: "GPU-aa",
-            "nvmlDeviceGetName": lambda handle: b"Fake GPU" if older else "Fake GPU",
-            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=24, free=23, used=1),
-            "nvmlDeviceGetMaxPcieLinkGeneration": lambda handle: 4,
-            "nvmlDeviceGetMaxPcieLinkWidth": lambda handle: 16,
-            "nvmlDeviceGetNvLinkState": lambda handle, link: int(link < 2),
-        }
-        if older:
-            del answers["nvmlDeviceGetNvLinkState"]
-            del answers["nvmlDeviceGetMaxPcieLinkWidth"]
-        for name, answer in answers.items():
-            setattr(self, name, self._failing(broken[name]) if name in broken else answer)
-
-    def _failing(self, code: int) -> Callable[..., Any]:
-        def fail(*arguments: Any) -> Any:
-            raise self.NVMLError(code)
-
-        return fail
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.shut = True
-
-
-@pytest.fixture
-def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
 def reasons(notes: list[Note]) -> str:
     return "\n".join(f"{note.what}: {note.why}" for note in notes)
-
-
-@pytest.mark.usefixtures("no_cuda")
-def test_without_pynvml_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    devices, notes = find_devices()
-    assert devices == []
-    assert "pip install 'moe-runtime[gpu]'" in reasons(notes)
-
-
-@pytest.mark.usefixtures("no_cuda")
-@pytest.mark.parametrize(
-    ("broken", "hint"),
-    [
-        ({"nvmlInit": 12}, "no NVIDIA driver"),
-        ({"nvmlInit": 9}, "no NVIDIA driver"),
-        ({"nvmlInit": 18}, "restart"),
-        ({"nvmlInit": 999}, "does not start: code 999"),
-        ({"nvmlDeviceGetCount": 4}, "the driver answered: code 4"),
-    ],
-)
-def test_a_driver_that_does_not_answer(
-    monkeypatch: pytest.MonkeyPatch, broken: dict[str, int], hint: str
-) -> None:
-    nvml = FakeNvml(broken)
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    devices, notes = find_devices()
-    assert devices == []
-    assert hint in reasons(notes)
-    assert nvml.shut == ("nvmlInit" not in broken)
-
-
-@pytest.mark.usefixtures("no_cuda")
-def test_an_old_driver_leaves_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {"nvmlDeviceGetMaxPcieLinkGeneration": 13, "nvmlDeviceGetMemoryInfo": 4}
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(broken, older=True))
-    (device,), notes = find_devices()
-    assert (device.name, device.driver, device.cuda) == ("Fake GPU", "470.1", None)
-    assert (device.link_generation, device.link_width, device.peer_links) == (None, None, None)
-    assert device.link_bytes_per_second is None
-    assert "link generation (code 13)" in reasons(notes)
-    assert "PyTorch cannot use it" in reasons(notes)
-
-
-def test_driver_and_pytorch_speak_of_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch sees two, the driver's second is its first, and one the driver does not tell of."""
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    uuids = ["bb", "aa"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda at: SimpleNamespace(uuid=uuids[at])
-    )
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda at: (5, 6))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: f"number {at}")
-    devices, notes = find_devices()
-    assert [(d.name, d.cuda, d.memory_bytes) for d in devices] == [
-        ("Fake GPU", "cuda:1", 24),
-        ("number 0", "cuda:0", 6),
-    ]
-    assert devices[0].peer_links == 2
-    assert notes == []
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    devices, notes = find_devices()
-    assert [d.cuda for d in devices] == ["cuda:0", "cuda:1"]
-    assert "links and driver" in reasons(notes)
-
-
-def test_what_pytorch_says_of_an_old_driver_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_old() -> bool:
-        warnings.warn("The NVIDIA driver on your system is too old\nmore", stacklevel=1)
-        return False
-
-    monkeypatch.setattr(torch.cuda, "is_available", too_old)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    _, notes = find_devices()
-    assert reasons(notes) == ("computing on a GPU: The NVIDIA driver on your system is too old")
-
-
-# -- the disk ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -350,123 +210,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "READ_SIZES", (4096, MIB))
     monkeypatch.setattr(disk, "READ_THREADS", (1, 2))
     monkeypatch.setattr(disk, "_WINDOW_SECONDS", 0.002)
-
-
-def the_only_note(measured: disk.DiskMeasured) -> str:
-    (note,) = measured.notes
-    return f"{note.what}: {note.why}"
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_folder_is_measured_by_a_file_that_goes_away(tmp_path: Path) -> None:
-    shares: list[float] = []
-    measured = disk.measure_disk(tmp_path, file_bytes=8 * MIB, progress=shares.append)
-    assert measured.facts is not None
-    assert measured.facts.file_bytes == 8 * MIB
-    assert not measured.facts.existing
-    assert {(r.nbytes, r.threads) for r in measured.reads} == {
-        (size, threads) for size in (4096, MIB) for threads in (1, 2)
-    }
-    for read in measured.reads:
-        # One thread cannot bring more than its reads, one after another, do.
-        assert read.rate.low <= read.threads * read.nbytes / read.seconds.low * 1.01
-        assert read.rate.samples == 3
-    assert shares == sorted(shares)
-    assert shares[-1] == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_shard_that_is_there_is_read_and_stays(tmp_path: Path) -> None:
-    (tmp_path / "small.safetensors").write_bytes(bytes(10))
-    shard = tmp_path / "model.safetensors"
-    shard.write_bytes(os.urandom(9 * MIB))
-    before = shard.read_bytes()
-    for path in (tmp_path, shard):
-        facts = disk.measure_disk(path).facts
-        assert facts is not None
-        assert facts.existing
-        assert facts.file_bytes == 9 * MIB
-    assert shard.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.EPERM])
-def test_where_direct_reads_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    plain = os.open
-
-    def refusing(path: Any, flags: int, *rest: Any, **more: Any) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(code, os.strerror(code))
-        return plain(path, flags, *rest, **more)
-
-    monkeypatch.setattr(os, "open", refusing)
-    measured = disk.measure_disk(tmp_path, file_bytes=8 * MIB)
-    assert measured.facts is not None
-    assert not measured.facts.direct
-    assert len(measured.reads) == 4
-    assert the_only_note(measured).startswith(f"direct reads: {tmp_path}: {os.strerror(code)}")
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, file_bytes: int) -> None:
-        os.close(descriptor)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "_fill", full)
-        measured = disk.measure_disk(tmp_path)
-        assert (measured.facts, measured.reads) == (None, ())
-        assert "the disk is full" in the_only_note(measured)
-        assert list(tmp_path.iterdir()) == []
-    for free, file_bytes in ((4 * MIB, None), (20 * MIB, 10 * MIB)):
-        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        measured = disk.measure_disk(tmp_path)
-        assert (measured.facts and measured.facts.file_bytes) == file_bytes
-        assert ("full" if file_bytes is None else "10.00 MiB") in the_only_note(measured)
-
-
-def test_a_folder_that_cannot_be_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(**options: Any) -> tuple[int, str]:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
-    assert (
-        the_only_note(disk.measure_disk(tmp_path)) == f"disk reads: {tmp_path}: Permission denied"
-    )
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_disk_that_fails_while_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain, calls = os.preadv, [0]
-
-    def failing(fd: int, buffers: Any, offset: int) -> int:
-        calls[0] += 1
-        if calls[0] > 5:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return plain(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", failing)
-    measured = disk.measure_disk(tmp_path, file_bytes=8 * MIB)
-    assert os.strerror(errno.EIO) in the_only_note(measured)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_slow_disk_is_measured_in_part(tmp_path: Path) -> None:
-    measured = disk.measure_disk(tmp_path, file_bytes=8 * MIB, limit_seconds=0.0)
-    assert len(measured.reads) == 1
-    assert "too slow" in the_only_note(measured)
-    (tmp_path / "tiny").write_bytes(bytes(100))
-    assert "only 100 bytes" in the_only_note(disk.measure_disk(tmp_path / "tiny"))
 
 
 # -- memory and compute --------------------------------------------------------------------------

@@ -60,13 +60,13 @@ def test_few_misses_are_placed_as_well_as_can_be(misses: list[MissCost], busy: B
 @settings(max_examples=100, deadline=None)
 @given(misses=st.lists(MISSES, min_size=1, max_size=5), busy=BUSY)
 def test_the_search_for_many_is_near_the_best(misses: list[MissCost], busy: Busy) -> None:
-    """The search that serves more misses, made to serve few: at most 1.15 times the best."""
+    """The search that serves more misses, made to serve few: at most 1.25 times the best."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_runtime.places._ALL_TRIED", 0)
         placing = choose_place(misses, busy)
     check(misses, busy, placing)
     assert not placing.proved
-    assert placing.seconds <= 1.15 * shortest(misses, busy)
+    assert placing.seconds <= 1.25 * shortest(misses, busy)
 
 
 @settings(max_examples=60, deadline=None)
