@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from dataclasses import replace
@@ -194,6 +195,14 @@ def test_only_a_profile_that_was_asked_for_must_be_whole(
     other = save_profile(replace(host_profile(), machine="other"), tmp_path / "other.json")
     assert profile_cache.known_profile(str(other)) is not None
     assert "another kind of machine" in caplog.text
+
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", forbidden)
+        assert profile_cache.known_profile("auto") is None
+    assert "Permission denied" in caplog.text
     kept.write_text("{")
     assert profile_cache.known_profile("auto") is None
     assert "not used" in caplog.text

@@ -51,6 +51,7 @@ def test_a_folder_is_measured_by_a_file_that_goes_away(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_shard_that_is_there_is_read_and_stays(tmp_path: Path) -> None:
     (tmp_path / "small.safetensors").write_bytes(bytes(10))
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(os.urandom(9 * MIB))
     before = shard.read_bytes()
@@ -60,7 +61,7 @@ def test_a_shard_that_is_there_is_read_and_stays(tmp_path: Path) -> None:
         assert facts.existing
         assert facts.file_bytes == 9 * MIB
     assert shard.read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.usefixtures("quick")
@@ -96,7 +97,9 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert "the disk is full" in the_only_note(measured)
         assert list(tmp_path.iterdir()) == []
     for free, file_bytes in ((4 * MIB, None), (20 * MIB, 10 * MIB)):
-        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(
+            "shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free, total=free)
+        )
         measured = disk.measure_disk(tmp_path)
         assert (measured.facts and measured.facts.file_bytes) == file_bytes
         assert ("full" if file_bytes is None else "10.00 MiB") in the_only_note(measured)
@@ -139,3 +142,14 @@ def test_a_slow_disk_is_measured_in_part(tmp_path: Path) -> None:
     assert "too slow" in the_only_note(measured)
     (tmp_path / "tiny").write_bytes(bytes(100))
     assert "only 100 bytes" in the_only_note(disk.measure_disk(tmp_path / "tiny"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_no_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0, total=0))
+        assert "nothing can be stored" in the_only_note(disk.measure_disk(tmp_path))
+    monkeypatch.setattr(disk, "mount_of", lambda path: ("/dev/shm", "tmpfs"))
+    measured = disk.measure_disk(tmp_path, file_bytes=8 * MIB)
+    assert "memory was measured" in the_only_note(measured)
+    assert measured.reads

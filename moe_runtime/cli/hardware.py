@@ -105,16 +105,16 @@ def _fitting(
     kept: Path, path: Path | None, shape: tuple[int, int] | None, dtype: str | None
 ) -> HardwareProfile | None:
     """The profile that is kept, if it answers what is asked; why it does not on standard error."""
-    from moe_runtime.hardware import load_profile
+    from moe_runtime.hardware import cached_profile
     from moe_runtime.hardware.devices import find_devices
     from moe_runtime.hardware.disk import mount_of
 
-    if not kept.is_file():
-        return None
     try:
-        profile = load_profile(kept)
+        profile = cached_profile(kept.parent)
     except ConfigError as error:
         to_stderr().print(f"{escape(str(error))}; measuring again", soft_wrap=True)
+        return None
+    if profile is None:
         return None
     expert, disk = profile.expert, profile.disk
     found, _ = find_devices()

@@ -122,7 +122,11 @@ def cached_profile(folder: str | os.PathLike[str] | None = None) -> HardwareProf
         ConfigError: the file is damaged or of another version, or there is no home.
     """
     path = cached_path(folder)
-    return load_profile(path) if path.is_file() else None
+    try:
+        there = path.is_file()
+    except OSError as error:  # a home that belongs to someone else
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    return load_profile(path) if there else None
 
 
 def known_profile(named: str | None) -> HardwareProfile | None:

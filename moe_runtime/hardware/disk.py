@@ -33,6 +33,7 @@ READ_SIZES = (4 << 10, 256 << 10, 1 << 20, 4 << 20)
 READ_THREADS = (1, 2, 4, 8)
 
 _BLOCK = 4096  # direct reads need offset, length and memory in units of the logical block
+_IN_MEMORY = ("tmpfs", "ramfs")
 _WINDOWS = 3
 _WINDOW_SECONDS = 0.03
 _WRITE_SECONDS = 2.0
@@ -82,6 +83,10 @@ def measure_disk(
                 direct=direct,
             )
             reads = _grid(fd, size, direct, limit_seconds, notes, progress)
+            if kind in _IN_MEMORY:
+                notes.append(
+                    Note(what="a disk", why=f"{mount} is {kind}: memory was measured; give --path")
+                )
             if not reads:
                 notes.append(Note(what="disk reads", why=f"{file} has only {size} bytes"))
     except OSError as error:
@@ -114,11 +119,16 @@ def _file(path: Path, file_bytes: int, notes: list[Note]) -> Iterator[tuple[Path
     if path.is_file():
         yield path, True
         return
-    shards = [(shard.stat().st_size, shard) for shard in path.glob("*.safetensors")]
+    # A link whose target has gone is no shard.
+    files = [shard for shard in path.glob("*.safetensors") if shard.is_file()]
+    shards = [(shard.stat().st_size, shard) for shard in files]
     if shards and max(shards)[0] >= _LEAST_BYTES:
         yield max(shards)[1], True
         return
-    room = shutil.disk_usage(path).free
+    usage = shutil.disk_usage(path)
+    room = usage.free
+    if not usage.total:
+        raise OSError(errno.ENODEV, "nothing can be stored there")
     if room < 2 * file_bytes:
         # Half of what is left: filling a disk up would be worse than knowing less of it.
         fitting = room // 2 // _BLOCK * _BLOCK
