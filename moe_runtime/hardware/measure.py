@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -74,40 +74,24 @@ def measure_hardware(
     measured = datetime.now(UTC).isoformat(timespec="seconds")
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
     tell("devices", 0.0)
-    devices, found = find_devices()
-    notes = list(found)
+    devices, notes = find_devices()
+    found = _Found(notes=notes)
     usable = [torch.device(device.cuda) for device in devices if device.cuda]
-    parts = 3 + 3 * len(usable)
-    memory: list[MemoryRate] = []
-    copies: list[CopyTime] = []
-    experts: list[ExpertTime] = []
-
+    share = 1 / (3 + 3 * len(usable))
     tell("host memory", 0.0)
-    with _noting("host memory rate", notes):
-        memory += memory_rates()
-    tell("disk", 1 / parts)
+    with _noting("host memory rate", found.notes):
+        found.memory += memory_rates()
+    tell("disk", share)
     disk = measure_disk(
         folder,
         file_bytes=file_bytes,
-        progress=lambda share: tell("disk", (1 + share) / parts),
+        progress=lambda done: tell("disk", (1 + done) * share),
     )
-    tell("experts on the host", 2 / parts)
-    with _noting("experts on the host", notes):
-        experts += expert_times(torch.device("cpu"), expert)
+    tell("experts on the host", 2 * share)
+    with _noting("experts on the host", found.notes):
+        found.experts += expert_times(torch.device("cpu"), expert)
     for number, device in enumerate(usable):
-        done = 3 + 3 * number
-        for pinned in (True, False):
-            tell(f"copies to {device}", done / parts)
-            kind = "pinned" if pinned else "pageable"
-            with _noting(f"copies from {kind} memory to {device}", notes):
-                copies += copy_times(device, pinned=pinned)
-        tell(f"memory of {device}", (done + 1) / parts)
-        with _noting(f"memory of {device}", notes):
-            memory += device_memory_rates(device)
-        tell(f"experts on {device}", (done + 2) / parts)
-        with _noting(f"experts on {device}", notes):
-            experts += expert_times(device, expert)
-    notes += disk.notes
+        _measure_device(device, expert, found, tell, 3 * (1 + number) * share, share)
     profile = HardwareProfile(
         machine=machine_key(),
         measured=measured,
@@ -117,14 +101,46 @@ def measure_hardware(
         devices=tuple(devices),
         disk=disk.facts,
         expert=expert,
-        memory=tuple(memory),
+        memory=tuple(found.memory),
         reads=disk.reads,
-        copies=tuple(copies),
-        experts=tuple(experts),
-        notes=tuple(notes),
+        copies=tuple(found.copies),
+        experts=tuple(found.experts),
+        notes=(*found.notes, *disk.notes),
     )
     tell("done", 1.0)
     return replace(profile, notes=(*profile.notes, *doubts(profile)))
+
+
+@dataclass(kw_only=True)
+class _Found:
+    """What has been measured so far; what a part that fails had measured before stays."""
+
+    notes: list[Note]
+    memory: list[MemoryRate] = field(default_factory=list)
+    copies: list[CopyTime] = field(default_factory=list)
+    experts: list[ExpertTime] = field(default_factory=list)
+
+
+def _measure_device(
+    device: torch.device,
+    expert: ExpertShape,
+    found: _Found,
+    tell: Progress,
+    done: float,
+    share: float,
+) -> None:
+    """The three parts of a device, each of which is `share` of all."""
+    for pinned in (True, False):
+        tell(f"copies to {device}", done)
+        kind = "pinned" if pinned else "pageable"
+        with _noting(f"copies from {kind} memory to {device}", found.notes):
+            found.copies += copy_times(device, pinned=pinned)
+    tell(f"memory of {device}", done + share)
+    with _noting(f"memory of {device}", found.notes):
+        found.memory += device_memory_rates(device)
+    tell(f"experts on {device}", done + 2 * share)
+    with _noting(f"experts on {device}", found.notes):
+        found.experts += expert_times(device, expert)
 
 
 def _silent(what: str, share: float) -> None:
