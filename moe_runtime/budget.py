@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig
 
 from moe_runtime.core import format_bytes, parse_bytes, parse_share
 from moe_runtime.errors import BudgetError
+from moe_runtime.hardware.values import HardwareProfile
+from moe_runtime.kv_cache import kv_bytes
 from moe_runtime.memory import free_memory
 from moe_runtime.model_spec import MoESpec
 from moe_runtime.slots import slot_bytes
@@ -22,7 +24,6 @@ __all__ = ["BudgetPlan", "least_budget", "plan_budget", "resolve_budget"]
 
 _MAX_CHUNK = 1 << 20
 _MIN_CHUNK = 4096
-_KV_TOKENS = 4096
 _MARGIN = 256 << 20
 
 
@@ -62,11 +63,21 @@ def resolve_budget(
     *,
     threads: int,
     flips: Sequence[bool] | None = None,
+    batch: int = 1,
+    length: int = 4096,
+    dense: int = 0,
+    profile: HardwareProfile | None = None,
 ) -> tuple[int, str]:
     """(bytes, one sentence that says how they were chosen).
 
     A share is one of the bytes of all experts; 100 % and more means that every expert fits, with
-    the staging that it takes to read them.
+    the staging that it takes to read them. `"auto"` is what is free now less the room for what else
+    is to come, and no more than all experts take.
+
+    Args:
+        batch, length: sequences, and tokens of each, whose keys and values are left room for.
+        dense: bytes of other weights that count as free now, but are wanted.
+        profile: what was measured of this machine: says what an expert that does not fit costs.
     """
     everything = _whole(spec, threads, flips)
     share = None if isinstance(budget, int) else parse_share(budget)
@@ -78,16 +89,37 @@ def resolve_budget(
         total = parse_bytes(budget)
         return total, f"{format_bytes(total)} as asked"
     free = free_memory(device)
-    cache = _kv_bytes(config)
+    cache = kv_bytes(config, batch=batch, length=length)
     margin = max(_MARGIN, free // 20)
-    total = min(max(free - cache - margin, 0), everything)
-    text = (
-        f"auto: {format_bytes(free)} free on {device.type}, less {format_bytes(cache)} for the "
-        f"key/value cache of {_KV_TOKENS} tokens and {format_bytes(margin)} of margin"
-    )
+    total = min(max(free - dense - cache - margin, 0), everything)
+    tokens = f"{length} tokens" if batch == 1 else f"{batch} times {length} tokens"
+    text = f"auto: {format_bytes(free)} free on {device.type}, less "
+    text += f"{format_bytes(dense)} for the other weights, " if dense else ""
+    text += f"{format_bytes(cache)} for the key/value cache of {tokens} and "
+    text += f"{format_bytes(margin)} of margin"
     if total == everything:
-        text += "; every expert fits"
-    return total, text
+        return total, f"{text}; every expert fits"
+    return total, text + _miss_words(spec, device, profile, threads)
+
+
+def _miss_words(
+    spec: MoESpec, device: torch.device, profile: HardwareProfile | None, threads: int
+) -> str:
+    """What a missing expert costs by a profile, as the end of a sentence; empty without one."""
+    if profile is None:
+        return ""
+    nbytes = max(layer.expert_bytes for layer in spec.layers)
+    ways = {"from disk": profile.read_seconds(nbytes, threads=threads)}
+    if device.type == "cuda":
+        name = f"cuda:{device.index or 0}"
+        if profile.device(name) is None:
+            return f"; the hardware profile knows no {name}, measure again"
+        ways["from pinned memory"] = profile.copy_seconds(name, nbytes)
+    told = [f"{1e3 * seconds:.2g} ms {way}" for way, seconds in ways.items() if seconds]
+    if not told:
+        return ""
+    when = profile.measured.split("T", 1)[0]
+    return f"; one that does not fit takes about {' or '.join(told)} (measured {when})"
 
 
 def _sizes(spec: MoESpec, flips: Sequence[bool] | None) -> list[int]:
@@ -104,21 +136,6 @@ def _whole(spec: MoESpec, threads: int, flips: Sequence[bool] | None) -> int:
     )
     largest = max(param.nbytes for params in spec.groups for param in params)
     return slots + threads * bounce_bytes(min(largest, _MAX_CHUNK))
-
-
-def _kv_bytes(config: PreTrainedConfig) -> int:
-    text = config.get_text_config()
-    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
-    heads = int(
-        getattr(text, "num_key_value_heads", 0) or getattr(text, "num_attention_heads", 0) or 0
-    )
-    width = getattr(text, "head_dim", None)
-    if not width:
-        attention = int(getattr(text, "num_attention_heads", 0) or 1)
-        width = int(getattr(text, "hidden_size", 0) or 0) // attention
-    dtype = getattr(text, "dtype", None)
-    size = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
-    return 2 * layers * heads * int(width) * size * _KV_TOKENS
 
 
 def _chunk(total: int, threads: int, largest: int, floor: int) -> int:
@@ -213,7 +230,9 @@ def plan_budget(
         smallest = least_budget(
             spec, threads=threads, floor=floor, disk=disk, flips=flips, pinned=pinned
         )
-        raise BudgetError(_too_small(spec, total, smallest, staging, max(sizes), pinned))
+        text = _too_small(spec, total, smallest, staging, max(sizes), pinned)
+        # Nobody asked for this number of bytes: say how it came about.
+        raise BudgetError(f"{text} ({explanation})" if explanation.startswith("auto") else text)
     # Shapes share what is left in proportion to the bytes of all their experts.
     rest = total - staging - base
     weight = [count * size for count, size in zip(whole, sizes, strict=True)]

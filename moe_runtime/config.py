@@ -41,6 +41,10 @@ class RuntimeConfig:
             predictor given as an object; None for no prediction.
         prediction_options: when predictions are acted on: the arguments of `PlannerRules`, and
             `trial`, whether the runtime finds out by itself if they pay (True).
+        max_batch, max_length: sequences, and tokens of each, whose keys and values an automatic
+            budget leaves room for. Longer ones still run, as far as memory allows.
+        hardware: the profile of this machine, from `moe-runtime hardware`: the path of one,
+            `"auto"` for the one that is kept for this machine if there is one, or None.
     """
 
     expert_budget: int | str = "auto"
@@ -55,6 +59,9 @@ class RuntimeConfig:
     plan: str | None = None
     predictor: str | None = None
     prediction_options: Mapping[str, Any] = field(default_factory=dict)
+    max_batch: int = 1
+    max_length: int = 4096
+    hardware: str | None = "auto"
 
     def __post_init__(self) -> None:
         for name in ("expert_budget", "host_budget"):
@@ -68,6 +75,7 @@ class RuntimeConfig:
                     ) from None
         if not isinstance(self.reader_threads, int) or not 1 <= self.reader_threads <= 16:
             raise ConfigError(f"reader_threads must be 1 to 16, found {self.reader_threads!r}")
+        self._check_room()
         if self.layout not in ("native", "rows", "auto"):
             raise ConfigError(f"layout must be 'native', 'rows' or 'auto', found {self.layout!r}")
         if self.preload not in (True, False, "auto"):
@@ -84,6 +92,17 @@ class RuntimeConfig:
         if not isinstance(self.device, str):
             raise ConfigError(
                 f"device must be a text like 'cpu' or 'cuda:0', found {self.device!r}"
+            )
+
+    def _check_room(self) -> None:
+        """What an automatic budget goes by."""
+        for name in ("max_batch", "max_length"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be a whole number, 1 or more, found {value!r}")
+        if self.hardware is not None and not isinstance(self.hardware, str):
+            raise ConfigError(
+                f"hardware is the path of a profile, 'auto' or None, found {self.hardware!r}"
             )
 
     @classmethod

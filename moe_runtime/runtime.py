@@ -35,6 +35,7 @@ from moe_runtime.expert_tensors import (
     move_dense,
     place_placeholders,
 )
+from moe_runtime.hardware.cache import known_profile
 from moe_runtime.kernels import ExpertForm
 from moe_runtime.layout import flipped_groups, largest_whole_row, lies_by_rows
 from moe_runtime.loading import (
@@ -43,7 +44,7 @@ from moe_runtime.loading import (
     read_config,
     resolve_class,
 )
-from moe_runtime.memory import free_memory, resident_set
+from moe_runtime.memory import free_memory, mapped_bytes, resident_set
 from moe_runtime.model_spec import MoESpec, read_spec
 from moe_runtime.module_hooks import ModuleHooks
 from moe_runtime.pinning import Pinning, PlanLike, open_plan
@@ -246,7 +247,18 @@ class Runtime:
             self.device.torch_device,
             threads=self.config.reader_threads,
             flips=flips,
+            batch=self.config.max_batch,
+            length=self.config.max_length,
+            dense=self._dense_to_come(),
+            profile=known_profile(self.config.hardware),
         )
+
+    def _dense_to_come(self) -> int:
+        """Bytes of weights other than experts' that free memory does not yet know of."""
+        if self.device.is_cpu:
+            # Loaded, they are the checkpoint's mapped pages, which count as free.
+            return min(self.spec.dense_bytes, mapped_bytes(".safetensors"))
+        return 0 if self.paged else self.spec.dense_bytes
 
     def _read_forms(self) -> None:
         model = self.model
@@ -420,6 +432,9 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
     plan: PlanLike | None = None,
     predictor: PredictorLike | None = None,
     prediction_options: Mapping[str, Any] | None = None,
+    max_batch: int = 1,
+    max_length: int = 4096,
+    hardware: str | None = "auto",
     auto_class: str | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -433,7 +448,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
             at the start and stay; the policy has the rest of the budget.
         predictor: a predictor file (`moe-runtime train-predictor`) or a `Predictor`: experts are
             loaded ahead of their layers and kept by what it forecasts, as long as that pays.
-        prediction_options: see `RuntimeConfig`.
+        prediction_options, max_batch, max_length, hardware: see `RuntimeConfig`.
         auto_class: name of the auto class to load with; None for the first that knows the model.
         hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
 
@@ -463,6 +478,9 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
         plan=None if chosen is None else chosen.name,
         predictor=predictor_name(predictor),
         prediction_options=prediction_options or {},
+        max_batch=max_batch,
+        max_length=max_length,
+        hardware=hardware,
     )
     place = open_device(device)
     before = resident_set()
@@ -515,6 +533,9 @@ def attach(  # noqa: PLR0913  as above
     plan: PlanLike | None = None,
     predictor: PredictorLike | None = None,
     prediction_options: Mapping[str, Any] | None = None,
+    max_batch: int = 1,
+    max_length: int = 4096,
+    hardware: str | None = "auto",
 ) -> PreTrainedModel:
     """Run a model that is already in memory through the runtime; its Parameters are the host tier.
 
@@ -545,6 +566,9 @@ def attach(  # noqa: PLR0913  as above
         plan=None if chosen is None else chosen.name,
         predictor=predictor_name(predictor),
         prediction_options=prediction_options or {},
+        max_batch=max_batch,
+        max_length=max_length,
+        hardware=hardware,
     )
     place = open_device(device)
     spec = read_spec(model)

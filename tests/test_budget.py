@@ -18,8 +18,12 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moe_runtime
 from moe_runtime import store
-from moe_runtime.errors import BudgetError
+from moe_runtime.budget import BudgetPlan, resolve_budget
+from moe_runtime.config import RuntimeConfig
+from moe_runtime.errors import BudgetError, ConfigError
+from moe_runtime.memory import mapped_bytes
 from outputs import least, load, odd_model, outputs, same_bits
+from profiles import gpu_profile
 from tiny import ALL_EXPERT_BYTES, EXPERTS, LAYERS, TinyCheckpoints
 
 
@@ -114,7 +118,7 @@ def test_auto_leaves_room_and_says_what_it_chose(
 ) -> None:
     monkeypatch.setattr("moe_runtime.budget.free_memory", lambda device: free)
     if free < 256 << 20:
-        with pytest.raises(BudgetError, match="least that works"):
+        with pytest.raises(BudgetError, match=r"least that works.*\(auto: 200.00 MiB free"):
             load(tiny_checkpoints.fused, "auto")
         return
     plan = moe_runtime.runtime_of(load(tiny_checkpoints.fused, "auto")).budget
@@ -162,3 +166,61 @@ def test_experts_stored_in_different_types(tmp_path: Path) -> None:
         assert all(output.isfinite().all() for output in outputs(model)[:-1])
     assert same_bits(*found)
     assert chunks[0] < 2048 * 4 <= chunks[1]
+
+
+def test_auto_leaves_room_for_what_was_asked_for(
+    tiny_checkpoints: TinyCheckpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer or more sequences, and weights that the checkpoint's pages hold, take from experts."""
+    monkeypatch.setattr("moe_runtime.budget.free_memory", lambda device: (256 << 20) + 200_000)
+
+    def plan_of(**options: int) -> BudgetPlan:
+        return moe_runtime.runtime_of(load(tiny_checkpoints.fused, "auto", **options)).budget
+
+    totals, texts = [], []
+    for batch, length in ((1, 128), (1, 256), (2, 128), (1, 32)):
+        monkeypatch.setattr("moe_runtime.runtime.mapped_bytes", lambda suffix: 0)
+        plan = plan_of(max_batch=batch, max_length=length)
+        totals.append(plan.total)
+        texts.append(plan.explanation)
+    assert totals[1] == totals[2] < totals[0] < totals[3]
+    assert "of 2 times 128 tokens" in texts[2]
+    monkeypatch.setattr("moe_runtime.runtime.mapped_bytes", lambda suffix: 1000)
+    plan = plan_of(max_length=128)
+    assert plan.total == totals[0] - 1000
+    assert "1000 B for the other weights" in plan.explanation
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells of mappings")
+def test_dense_weights_of_a_loaded_model_are_mapped() -> None:
+    """What `auto` leaves room for is there: transformers maps what it loads on a CPU."""
+    model = load(Path(moe_runtime.bundled_model()), "50%")
+    dense = moe_runtime.runtime_of(model).spec.dense_bytes
+    assert mapped_bytes(".safetensors") >= dense
+    assert mapped_bytes(".no such ending") == 0
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_length": "long"}, {"hardware": 3}])
+def test_room_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        RuntimeConfig(**wrong)
+
+
+def test_a_profile_tells_what_a_miss_costs_on_each_device(
+    tiny_checkpoints: TinyCheckpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _ = moe_runtime.inspect_checkpoint(str(tiny_checkpoints.fused))
+    config = Qwen3MoeConfig()
+    told = {}
+    for free in (1, 64 << 30):
+        monkeypatch.setattr("moe_runtime.budget.free_memory", lambda device, free=free: free)
+        for device in ("cpu", "cuda:0", "cuda:1"):
+            total, told[device, free] = resolve_budget(
+                "auto", spec, config, torch.device(device), threads=2, profile=gpu_profile()
+            )
+            assert (total > 0) == (free > 1)
+    assert "from disk (measured" in told["cpu", 1]
+    assert "ms from disk or" in told["cuda:0", 1]
+    assert "from pinned memory" in told["cuda:0", 1]
+    assert "knows no cuda:1" in told["cuda:1", 1]
+    assert all(text.endswith("every expert fits") for (_, free), text in told.items() if free > 1)

@@ -42,9 +42,10 @@ SURFACE = {
         *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
         *("--every", "--predictor", "--compare", "--verify", "--out"),
     },
+    "hardware": {"--path", "--expert-shape", "--dtype", "--refresh", "--cache-dir"},
     "inspect": {
         *("MODEL", "--expert-budget", "--reader-threads", "--dtype", "--revision", "--subfolder"),
-        *("--variant", "--local-files-only"),
+        *("--variant", "--local-files-only", "--max-batch", "--max-length", "--hardware"),
     },
     "simulate": {
         *("TRACE...", "--budget", "--link-gbps", "--latency-ms", "--parallel", "--layer-ms"),

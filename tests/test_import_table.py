@@ -38,7 +38,8 @@ kernels.*         | kernels.*                              | torch numpy triton
 config            |                                        |
 memory            |                                        | torch psutil
 device            |                                        | torch
-hardware          | memory                                 | torch numpy psutil pynvml
+hardware.*        | memory hardware.*                      | torch numpy psutil pynvml
+places            | hardware.*                             | numpy
 expert_modules    |                                        | torch
 model_spec        | expert_modules                         | torch transformers
 paged             |                                        | torch
@@ -55,9 +56,10 @@ routing_counts    | trace                                  | numpy safetensors
 trace_summary     | trace routing_counts                   | numpy
 corpus            |                                        |
 importers.*       | trace trace_writer routing_counts importers.* | numpy torch safetensors
+kv_cache          |                                        | torch transformers
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
-budget            | memory model_spec slots store          | torch transformers
+budget            | memory model_spec slots store hardware.* kv_cache | torch transformers
 selection         |                                        | numpy
 eviction_learned  | selection                              | numpy
 eviction_predicted | eviction_learned selection            | numpy
@@ -139,6 +141,7 @@ batches           | runtime scheduler predictors.* token_choice prompt_state pat
                     batch_run batch_loop batch_check       | transformers
 __init__          | ABOVE                                  |
 cli.*             | version __init__ runtime config budget layout report.* placement.* \
+                    hardware.*                             \
                     cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* steering.* importers.* trace trace_summary routing_counts \
                     corpus cli.* \

@@ -10,6 +10,7 @@ from moe_runtime.cli.demo import demo
 from moe_runtime.cli.evaluate_predictor import evaluate_predictor
 from moe_runtime.cli.export import export
 from moe_runtime.cli.generate import generate
+from moe_runtime.cli.hardware import hardware
 from moe_runtime.cli.inspect import inspect
 from moe_runtime.cli.plan import plan
 from moe_runtime.cli.report import report
@@ -53,6 +54,7 @@ def _root(
 app.command("demo")(demo)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("hardware")(hardware)
 app.command("report")(report)
 app.add_typer(trace, name="trace")
 app.add_typer(plan, name="plan")

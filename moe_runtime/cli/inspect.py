@@ -14,8 +14,11 @@ from moe_runtime.cli.options import (
     DebugOption,
     DtypeOption,
     ExpertBudgetOption,
+    HardwareOption,
     JsonOption,
     LocalOption,
+    MaxBatchOption,
+    MaxLengthOption,
     ModelArgument,
     ReaderThreadsOption,
     RevisionOption,
@@ -27,15 +30,19 @@ from moe_runtime.cli.options import (
 from moe_runtime.cli.session import emit_json, quiet_libraries, session
 from moe_runtime.core import format_bytes
 from moe_runtime.errors import BudgetError
+from moe_runtime.hardware import known_profile
 
 __all__ = ["inspect"]
 
 _SHARES = ("12.5%", "25%", "50%", "100%")
 
 
-def inspect(
+def inspect(  # noqa: PLR0913, PLR0917  one parameter for each option
     model: ModelArgument,
     expert_budget: ExpertBudgetOption = "auto",
+    max_batch: MaxBatchOption = 1,
+    max_length: MaxLengthOption = 4096,
+    hardware: HardwareOption = "auto",
     reader_threads: ReaderThreadsOption = 3,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
@@ -60,15 +67,18 @@ def inspect(
             variant=variant,
             local_files_only=local_files_only,
         )
-        facts = _facts(model, hub, expert_budget, reader_threads)
+        room = {"batch": max_batch, "length": max_length, "profile": known_profile(hardware)}
+        facts = _facts(model, hub, expert_budget, reader_threads, room)
         if as_json:
             emit_json(facts)
         else:
             _print(facts)
 
 
-def _facts(path: str, hub: dict[str, Any], budget: str, threads: int) -> dict[str, Any]:
-    """Everything that the command shows, as plain data."""
+def _facts(
+    path: str, hub: dict[str, Any], budget: str, threads: int, room: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that the command shows, as plain data; `room` as `resolve_budget` takes it."""
     import torch
     from transformers import AutoConfig
 
@@ -83,7 +93,9 @@ def _facts(path: str, hub: dict[str, Any], budget: str, threads: int) -> dict[st
     floor = largest_whole_row(spec, experts, by_rows=False)
     budgets = []
     for asked in dict.fromkeys((*_SHARES, budget)):
-        total, text = resolve_budget(asked, spec, config, device, threads=threads)
+        total, text = resolve_budget(
+            asked, spec, config, device, threads=threads, dense=spec.dense_bytes, **room
+        )
         row: dict[str, Any] = {"budget": asked, "bytes": total, "works": True}
         try:
             plan = plan_budget(spec, total, text, threads=threads, floor=floor, disk=True)

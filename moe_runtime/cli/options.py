@@ -18,9 +18,12 @@ __all__ = [
     "DtypeOption",
     "ExactOption",
     "ExpertBudgetOption",
+    "HardwareOption",
     "HostBudgetOption",
     "JsonOption",
     "LocalOption",
+    "MaxBatchOption",
+    "MaxLengthOption",
     "ModelArgument",
     "PlanOption",
     "PolicyOption",
@@ -65,6 +68,22 @@ HostBudgetOption = Annotated[
         callback=checked_budget,
         metavar="SIZE",
         help="Pinned host memory for experts beside a GPU.",
+    ),
+]
+MaxBatchOption = Annotated[
+    int,
+    typer.Option("--max-batch", min=1, help="Sequences at once that auto leaves memory for."),
+]
+MaxLengthOption = Annotated[
+    int,
+    typer.Option("--max-length", min=1, help="Tokens of each that auto leaves memory for."),
+]
+HardwareOption = Annotated[
+    str,
+    typer.Option(
+        "--hardware",
+        metavar="FILE",
+        help="A hardware profile; auto for the one that moe-runtime hardware kept, if any.",
     ),
 ]
 PolicyOption = Annotated[

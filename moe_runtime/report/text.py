@@ -53,6 +53,7 @@ def _rows(run: Run, summary: Summary) -> Iterator[tuple[str, str | None]]:
     yield from _predicted(run)
     yield "same trace", _policies(run)
     yield "budget", _budget(run, summary)
+    yield "why", _why(run)
     yield "memory", _memory(summary)
     yield "config", ", ".join(f"{key}={value}" for key, value in run.section("config").items())
     yield "machine", _machine(run)
@@ -157,6 +158,12 @@ def _budget(run: Run, summary: Summary) -> str:
     if isinstance(slots, list):
         slots = sum(slots)
     return f"{text}, {count(slots)} slots" if isinstance(slots, int) else text
+
+
+def _why(run: Run) -> str | None:
+    """How an automatic budget was chosen; one that was asked for needs no reason."""
+    text = run.section("budget").get("explanation")
+    return text if isinstance(text, str) and text.startswith("auto: ") else None
 
 
 def _memory(summary: Summary) -> str | None:
