@@ -29,7 +29,7 @@ class TokenChoice:
         self._temperature = temperature
         self._noise: torch.Generator | None = None
         if temperature:
-            # Torch's generator on a CPU takes in 32 bits of a seed: both numbers go into all of them.
+            # Torch's generator on a CPU takes 32 bits of a seed: both numbers go into all of them.
             name = f"{seed} {number}".encode()
             key = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
             self._noise = torch.Generator().manual_seed(key)
