@@ -28,6 +28,7 @@ __all__ = [
     "power_of_two",
     "projected",
     "scope",
+    "tile_and_block",
 ]
 
 _COMBINED = 1024  # columns that one program sums
@@ -115,6 +116,7 @@ def scope() -> dict[str, Any]:
         "tl": language,
         "activated": triton.jit(activated),
         "projected": triton.jit(projected),
+        "tile_and_block": triton.jit(tile_and_block),
     }
 
 
@@ -130,17 +132,17 @@ def power_of_two(number: int) -> int:
 
 
 def activated(
-    rows: Any,
+    rows: tl.tensor,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FUNCTION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     CLAMP: tl.constexpr,
-    limit: Any,
-    alpha: Any,
-    shift: Any,
-) -> Any:
+    limit: tl.tensor,
+    alpha: tl.tensor,
+    shift: tl.tensor,
+) -> tl.tensor:
     """`kernels.gate.Gate` on float32 `[ROWS, 2 * COLUMNS]`, without a gate `[ROWS, COLUMNS]`.
 
     With a gate the columns are in the order in which `columns` of the product kernels took them.
@@ -178,8 +180,8 @@ def activated(
 
 
 def projected(
-    left: Any, right: Any, total: Any, ONE_ROW: tl.constexpr, UPCAST: tl.constexpr
-) -> Any:
+    left: tl.tensor, right: tl.tensor, total: tl.tensor, ONE_ROW: tl.constexpr, UPCAST: tl.constexpr
+) -> tl.tensor:
     """Add `left [rows, k]` times `right [n, k]` to a total.
 
     One row: left is `[k]` and the total `[n, k]`, summed over k by the caller when all is added,
@@ -196,15 +198,24 @@ def projected(
     return total
 
 
+def tile_and_block(tiles: tl.tensor, blocks: tl.tensor, GROUP: tl.constexpr) -> tl.tensor:
+    """Tile and block of outputs of this program: GROUP tiles by all blocks at a time."""
+    program = tl.program_id(0)
+    group = program // (GROUP * blocks)
+    size = tl.minimum(tiles - group * GROUP, GROUP)
+    within = program - group * GROUP * blocks
+    return group * GROUP + within % size, within // size
+
+
 def _combine(
-    parts: Any,
-    slots: Any,
-    weights: Any,
-    out: Any,
-    K: Any,
-    D: Any,
-    pairs: Any,
-    weight_stride: Any,
+    parts: tl.tensor,
+    slots: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    K: tl.tensor,
+    D: tl.tensor,
+    pairs: tl.tensor,
+    weight_stride: tl.tensor,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
