@@ -71,7 +71,9 @@ class Gate:
 
     def _function(self, rows: torch.Tensor) -> torch.Tensor:
         if self.function == "silu":
-            return functional.silu(rows) if self.alpha == 1 else rows * (self.alpha * rows).sigmoid()
+            return (
+                functional.silu(rows) if self.alpha == 1 else rows * (self.alpha * rows).sigmoid()
+            )
         if self.function in ("gelu", "gelu_tanh"):
             return functional.gelu(rows, approximate=("none", "tanh")[self.function != "gelu"])
         if self.function == "identity":

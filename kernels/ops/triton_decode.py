@@ -206,7 +206,7 @@ def _down(
 
 
 @cache
-def _kernel(name: str, one: bool, transposed: bool) -> Any:  # noqa: FBT001
+def _kernel(name: str, one: bool, transposed: bool) -> Any:
     """The kernel and the configurations that are tried once for each shape."""
     import triton
 
@@ -225,9 +225,7 @@ def _kernel(name: str, one: bool, transposed: bool) -> Any:  # noqa: FBT001
         for columns, warps, stages in tried
     ]
     keys = ["ROWS", "K", "width", "D" if name == "up" else "outputs"]
-    return triton.autotune(configs=configs, key=keys)(
-        triton.jit(_up if name == "up" else _down)
-    )
+    return triton.autotune(configs=configs, key=keys)(triton.jit(_up if name == "up" else _down))
 
 
 def _depth(size: int, itemsize: int, *, one: bool, transposed: bool) -> int:

@@ -188,9 +188,7 @@ def _kernel(name: str) -> Any:
         for columns, depth, warps, stages in tried
     ]
     keys = ["ROWS", "width", "D" if name == "up" else "outputs", "n_stride"]
-    return triton.autotune(configs=configs, key=keys)(
-        triton.jit(_up if name == "up" else _down)
-    )
+    return triton.autotune(configs=configs, key=keys)(triton.jit(_up if name == "up" else _down))
 
 
 def _tile_rows(pairs: int, distinct: int) -> int:
