@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks a hub

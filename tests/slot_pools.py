@@ -54,7 +54,9 @@ def slot_case(
     if transposed:
         up, down = up.mT.contiguous(), down.mT.contiguous()
     pool = [up, down, *([normal(slots, outer), normal(slots, hidden)] if bias else [])]
-    chosen = torch.stack([torch.randperm(slots, generator=generator)[:choices] for _ in range(tokens)])
+    chosen = torch.stack(
+        [torch.randperm(slots, generator=generator)[:choices] for _ in range(tokens)]
+    )
     chosen[torch.rand(tokens, choices, generator=generator) < absent] = -1
     return SlotCase(
         hidden=normal(tokens, hidden).to(dtype),

@@ -1,4 +1,4 @@
-"""The specification of the kernels against transformers' own experts, and the choice of a kernel."""
+"""The specification of the kernels against transformers' own experts; choosing a kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_runtime.kernels import ExpertForm, Gate, combine, dispatch, recognise, slot_experts, slot_mlp
+from moe_runtime.kernels import (
+    ExpertForm,
+    Gate,
+    combine,
+    dispatch,
+    recognise,
+    slot_experts,
+    slot_mlp,
+)
 from moe_runtime.kernels.tiles import cut
 from torch import nn
 from transformers.activations import ACT2FN
@@ -83,7 +91,9 @@ def test_the_specification_is_what_eager_computes(name: str) -> None:
         torch.testing.assert_close(form.gate(rows), form.activation(rows), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu"])
+@pytest.mark.parametrize(
+    "name", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu"]
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_known_activations_are_recognised(name: str, gated: bool) -> None:
     function = ACT2FN[name]

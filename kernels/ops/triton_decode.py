@@ -75,8 +75,8 @@ def _up(
         if tl.sum((earlier == slot).to(tl.int32), axis=0) > 0:
             return
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    N: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
     if GATED:
-        N: tl.constexpr = 2 * COLUMNS
         n = tl.arange(0, N)
         if INTERLEAVED:
             row = tl.program_id(1) * N + n
@@ -86,7 +86,6 @@ def _up(
             row = local + (n // COLUMNS) * width
             used = local < width
     else:
-        N: tl.constexpr = COLUMNS
         row = column
         used = column < width
     base = weight + slot * slot_stride + row.to(tl.int64)[:, None] * n_stride
@@ -159,13 +158,13 @@ def _down(
     if slot < 0:
         return
     token = tl.arange(0, ROWS)
-    first = tl.zeros((ROWS,), dtype=tl.int32)
+    first = tl.full((ROWS,), -1, dtype=tl.int32)
     if ROWS > 1:
         each = tl.arange(0, PAIRS)
         earlier = tl.load(slots + each, mask=each < pair, other=-1)
         if tl.sum((earlier == slot).to(tl.int32), axis=0) > 0:
             return
-        # Where each token has its inputs: at the last of its choices that is this slot.
+        # Where a token has its inputs: at the last of its choices that is this slot; -1 for none.
         for choice in range(K):
             chose = tl.load(slots + token * K + choice, mask=token < T, other=-1) == slot
             first = tl.where(chose, token * K + choice, first)
@@ -186,7 +185,7 @@ def _down(
         else:
             left = tl.load(
                 inner + first[:, None] * width + k[None, :],
-                mask=(token < T)[:, None] & (k < width)[None, :],
+                mask=(first >= 0)[:, None] & (k < width)[None, :],
                 other=0.0,
             )
         total = projected(left, right, total, ROWS == 1, UPCAST)

@@ -74,8 +74,8 @@ def _up(
     own = tl.load(ranked + place, mask=place < pairs, other=-1) == slot
     token = tl.load(order + place, mask=own, other=0) // K
     column = block * COLUMNS + tl.arange(0, COLUMNS)
+    N: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
     if GATED:
-        N: tl.constexpr = 2 * COLUMNS
         n = tl.arange(0, N)
         if INTERLEAVED:
             row = block * N + n
@@ -85,7 +85,6 @@ def _up(
             row = local + (n // COLUMNS) * width
             used = local < width
     else:
-        N: tl.constexpr = COLUMNS
         row = column
         used = column < width
     base = weight + slot * slot_stride + row.to(tl.int64)[:, None] * n_stride
