@@ -55,7 +55,9 @@ def main() -> None:
         gates += [("silu", True, True, "before"), ("silu", True, False, "after")]
         gates += [(name, False, False, "none") for name in ("gelu", "gelu_tanh", "relu", "relu2")]
     for dtype, (function, gated, interleaved, clamp), transposed in itertools.product(
-        ("bf16", "fp16", "fp32") if everything else ("bf16",), gates, (False, True)
+        ("bf16", "fp16", "fp32") if everything else ("bf16",),
+        gates,
+        (False, True)[: 1 + everything],
     ):
         gate = {"FUNCTION": function, "GATED": gated, "INTERLEAVED": interleaved, "CLAMP": clamp}
         lies = {"n_stride" if transposed else "k_stride": 1}

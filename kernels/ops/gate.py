@@ -151,7 +151,7 @@ def _candidates(*, gated: bool, constants: Sequence[float]) -> Iterator[Gate]:
 
 @cache
 def _say_unknown(name: str, reason: str) -> None:
-    _log.info(
+    _log.warning(
         "the activation %s is computed by the model's own code between the products, not inside a "
         "Triton kernel: %s", name, reason,
     )  # fmt: skip
