@@ -26,7 +26,18 @@ from moe_runtime.cache import ExpertCache
 from moe_runtime.device import Device
 from moe_runtime.eager import EagerExperts
 from moe_runtime.errors import AttachError, UnsupportedModelError
-from moe_runtime.kernels import ExpertForm, decode_bags, decode_loop, expert_mlp, grouped_experts
+from moe_runtime.kernels import (
+    ExpertForm,
+    combined,
+    contributions,
+    decode_bags,
+    decode_loop,
+    expert_mlp,
+    grouped_experts,
+    recognise,
+    slot_experts,
+    triton_takes,
+)
 from moe_runtime.loader import ExpertLoader
 from moe_runtime.model_spec import MoELayer
 from moe_runtime.prefetch import Fetcher
@@ -60,8 +71,11 @@ class LayerHandle:
         )
 
 
-def expert_form(module: nn.Module, layer: MoELayer) -> ExpertForm:
+def expert_form(module: nn.Module, layer: MoELayer, *, on_gpu: bool = False) -> ExpertForm:
     """Read off an experts module how it computes.
+
+    Args:
+        on_gpu: find out its gate too, for kernels that compute it inside.
 
     Raises:
         UnsupportedModelError: tensors that the declared layout does not explain.
@@ -76,6 +90,13 @@ def expert_form(module: nn.Module, layer: MoELayer) -> ExpertForm:
             f"{layer.path} ({layer.class_name}) holds the expert tensors {sorted(names)}; "
             f"its declared layout needs {sorted(expected)}"
         )
+    activation: Any = module._apply_gate if module.has_gate else module.act_fn
+    gate = None
+    if on_gpu:
+        held = vars(module).values()
+        # Limits and slopes of a gate; integers this small may be limits, larger ones are sizes.
+        constants = [v for v in held if isinstance(v, float) or (type(v) is int and 0 < v < 64)]
+        gate = recognise(activation, gated=bool(module.has_gate), constants=constants)
     finish = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     return ExpertForm(
         up=names.index(up),
@@ -83,8 +104,9 @@ def expert_form(module: nn.Module, layer: MoELayer) -> ExpertForm:
         up_bias=names.index(f"{up}_bias") if module.has_bias else None,
         down_bias=names.index("down_proj_bias") if module.has_bias else None,
         transposed=bool(module.is_transposed),
-        activation=module._apply_gate if module.has_gate else module.act_fn,  # type: ignore[arg-type]
+        activation=activation,
         finish=finish,  # type: ignore[arg-type]
+        gate=gate,
     )
 
 
@@ -115,6 +137,8 @@ class Executor:
         # Where weights lie `[in, out]`, one token's experts are summed from tables of rows.
         self._tables = [pool.tables() if by_rows else None for pool in pools]
         self._device = device
+        # How layers are computed over slots; what is no GPU has its own way.
+        self._kernel = "auto"
         self._lock = threading.RLock()
         self._steps = threading.local()
         self._calls: set[int] = set()
@@ -143,9 +167,13 @@ class Executor:
         """A forward call of the model begins on this thread."""
         self.step = step
         self._calls.add(threading.get_ident())
-        if self.loader.prediction is not None:
+        loader = self.loader
+        if loader.prediction is not None:
             with self._lock:
-                self.loader.begin_call(rows_of(step, self._numbers), decode=step.decode)
+                # Numbers of sequences matter to a predictor only while it follows without a gap.
+                told = loader.prediction.payoff.follows(decode=step.decode)
+                rows = rows_of(step, self._numbers) if told else None
+                loader.begin_call(rows, decode=step.decode)
 
     def end_call(self, seconds: float | None = None) -> None:
         """It ended, well after so many seconds, or not."""
@@ -227,6 +255,8 @@ class Executor:
         routing = sort_routing(position, top_k_index, count, real)
         if self.exact:
             return self._exact(handle, module, hidden, top_k_index, top_k_weights, routing)
+        if self._by_slots(handle, hidden):
+            return self._arriving(handle, hidden, top_k_weights, routing)
         outputs = self._many(handle, hidden, top_k_index.shape[1], routing)
         return _combine(outputs, hidden, top_k_weights)
 
@@ -274,6 +304,42 @@ class Executor:
                     outputs = rows.new_zeros(choices * tokens, rows.shape[-1])
                 outputs.index_copy_(0, pairs, rows)
         return outputs
+
+    def _by_slots(self, handle: LayerHandle, hidden: torch.Tensor) -> bool:
+        """Whether kernels over slots compute this layer, whatever is resident."""
+        if self._kernel == "auto" and not hidden.is_cuda:
+            return False
+        return triton_takes(hidden, self._pool(handle).stacked, handle.form)
+
+    def _arriving(
+        self,
+        handle: LayerHandle,
+        hidden: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        routing: LayerRouting,
+    ) -> torch.Tensor:
+        """The layer by kernels over slots, residents first and each other expert as it arrives.
+
+        The same kernels at the same sizes as where all is resident, so the bits are the same.
+        """
+        tokens, choices = top_k_weights.shape
+        pool, form = self._pool(handle).stacked, handle.form
+        ever = torch.full((choices * tokens,), -1)
+        parts: torch.Tensor | None = None
+        for experts in self.loader.in_ready_order(routing.access):
+            pairs, counts = routing.of(experts)
+            slots = torch.tensor(self.cache.slots_of(handle.position, experts))
+            slots = slots.repeat_interleave(torch.tensor(counts))
+            now = torch.full_like(ever, -1)
+            now[pairs] = ever[pairs] = slots
+            parts = contributions(
+                hidden, now.view(choices, tokens).t().to(hidden.device), pool, form, parts,
+                distinct=handle.layer.num_experts, kernel=self._kernel,
+            )  # fmt: skip
+        if parts is None:
+            return torch.zeros_like(hidden)
+        slots = ever.view(choices, tokens).t().to(hidden.device)
+        return combined(parts, slots, top_k_weights, form, hidden.dtype, kernel=self._kernel)
 
     def _rows(
         self, handle: LayerHandle, inputs: torch.Tensor, experts: list[int], counts: list[int]
@@ -419,11 +485,20 @@ class Executor:
     ) -> torch.Tensor:
         tokens, choices = top_k_index.shape
         table = self.cache.slot_table(handle.position, hidden.device)
+        experts = handle.layer.num_experts
+        if self._by_slots(handle, hidden):
+            held = table[top_k_index.clamp_max(experts - 1)]
+            held = held.masked_fill(top_k_index >= experts, -1)
+            pool = self._pool(handle).stacked
+            return slot_experts(
+                hidden, held, top_k_weights, pool, handle.form, distinct=experts,
+                kernel=self._kernel,
+            )  # fmt: skip
         flat = top_k_index.t().reshape(-1)
-        held = table[flat.clamp_max(handle.layer.num_experts - 1)]
+        held = table[flat.clamp_max(experts - 1)]
         rows = torch.arange(tokens, device=hidden.device).repeat(choices)
         outputs = grouped_experts(hidden[rows], held, self._pool(handle).stacked, handle.form)
-        sentinel = (flat >= handle.layer.num_experts).unsqueeze(-1)
+        sentinel = (flat >= experts).unsqueeze(-1)
         outputs = outputs.masked_fill(sentinel, 0)
         return _combine(outputs, hidden, top_k_weights)
 

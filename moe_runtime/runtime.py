@@ -262,8 +262,11 @@ class Runtime:
 
     def _read_forms(self) -> None:
         model = self.model
+        on_gpu = not self.device.is_cpu
         self._forms = [
-            None if layer.modules else expert_form(model.get_submodule(layer.path), layer)
+            None
+            if layer.modules
+            else expert_form(model.get_submodule(layer.path), layer, on_gpu=on_gpu)
             for layer in self.spec.layers
         ]
 
