@@ -74,6 +74,8 @@ def form_of(module: Any) -> tuple[ExpertForm, tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_specification_is_what_eager_computes(name: str) -> None:
     module = experts_module(name)
+    if not hasattr(module, "has_gate"):
+        pytest.skip("not behind the experts interface in this version of transformers")
     form, pool = form_of(module)
     assert form.gate is not None, "the gate is recognised by what it computes"
     generator = torch.Generator().manual_seed(2)
