@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.files import write_text
-from moe_runtime.steering.plain import from_plain
+from moe_runtime.steering.plain import from_plain, load_plain
 from moe_runtime.steering.shift import RoutingShift
 
 __all__ = ["ARMS", "ArmName", "CostArm", "CostRun", "SteeredExpert", "SteeringCost"]
@@ -213,18 +213,7 @@ class SteeringCost:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringCost:
         """Read a file. ConfigError names the file, what was found and what to do."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path}: no such cost of steering; check the path") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: no JSON text ({error}); measure again") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: no JSON object; this is no cost of steering")
-        try:
-            return cls.from_dict(data)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return load_plain(path, cls.from_dict, what="cost of steering", again="measure again")
 
 
 def _check(found: SteeringCost) -> None:

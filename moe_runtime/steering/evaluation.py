@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.files import write_text
-from moe_runtime.steering.plain import from_plain
+from moe_runtime.steering.plain import from_plain, load_plain
 
 __all__ = [
     "UNSTEERED",
@@ -251,18 +251,9 @@ class SteeringEvaluation:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteeringEvaluation:
         """Read a file. ConfigError names the file, what was found and what to do."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path}: no such evaluation; check the path") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: no JSON text ({error}); evaluate again") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: no JSON object; this is no evaluation of steering")
-        try:
-            return cls.from_dict(data)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return load_plain(
+            path, cls.from_dict, what="evaluation of steering", again="evaluate again"
+        )
 
 
 def select_beta(evaluation: SteeringEvaluation) -> float:

@@ -1,19 +1,22 @@
-"""Frozen values from plain JSON data, each field checked against its annotation.
+"""Frozen values from plain JSON data and its files, each field checked against its annotation.
 
 Knows no particular value.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moe_runtime.errors import ConfigError
 
-__all__ = ["from_plain"]
+__all__ = ["from_plain", "load_plain"]
 
 _T = TypeVar("_T")
 
@@ -37,6 +40,37 @@ def from_plain(kind: type[_T], data: Any, where: str) -> _T:
             raise ConfigError(f"{place} is missing")
         found[one.name] = _value(hints[one.name], data[one.name], place)
     return kind(**found)
+
+
+def load_plain(
+    path: str | os.PathLike[str],
+    make: Callable[[Mapping[str, Any]], _T],
+    *,
+    what: str,
+    again: str,
+) -> _T:
+    """What `make` makes of a file's JSON object.
+
+    Args:
+        make: raises ConfigError for an object that it does not take.
+        what: should be in the file, for messages.
+        again: what to do where it is damaged.
+
+    Raises:
+        ConfigError: names the file, what was found and what to do.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such {what}; check the path") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: no JSON text ({error}); {again}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: no JSON object; this is no {what}")
+    try:
+        return make(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _value(kind: Any, data: Any, where: str) -> Any:
