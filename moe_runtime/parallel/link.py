@@ -100,9 +100,6 @@ class Link(ABC):
     def frame_bytes(self) -> int:
         """Bytes that go to each other rank in one call beside the payload."""
 
-    def close(self) -> None:
-        """End the connection, if it is this link's to end."""
-
     # -- calls -----------------------------------------------------------------------------------
 
     def exchange(
@@ -271,6 +268,8 @@ def _unpacked(
     widths = _widths(rows)
     parts: list[list[torch.Tensor]] = [[] for _ in rows]
     for payload, count in zip(payloads, numbers, strict=True):
+        if payload.storage_offset() % 16:  # a part of a longer buffer: elements want alignment
+            payload = payload.clone()  # noqa: PLW2901
         start = 0
         for at in _by_alignment(rows):
             end = start + widths[at] * count
