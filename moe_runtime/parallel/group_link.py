@@ -106,15 +106,8 @@ class GroupLink(Link):
         sent = []
         for rank in others:
             message = torch.cat([_header(parcels[rank]), parcels[rank].payload.to("cpu")])
-            for part in (
-                message.split(_EAGER)
-                if len(message) <= _EAGER
-                else (
-                    message[:_EAGER],
-                    message[_EAGER:],
-                )
-            ):
-                sent.append(self._send(part, rank))
+            parts = [message[:_EAGER], message[_EAGER:]][: 1 + (len(message) > _EAGER)]
+            sent += [self._send(part, rank) for part in parts]
         arrived = list(parcels)
         rest = []
         for rank in sources:
