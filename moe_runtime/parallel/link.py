@@ -159,6 +159,59 @@ class Link(ABC):
         parcels = [Parcel(payload=payload)] * self.size
         return self._call(kind, layer, rows, parcels, [count] * self.size).rows
 
+    def gather_groups(
+        self, kinds: Sequence[str], groups: Sequence[Sequence[torch.Tensor]]
+    ) -> list[Arrival]:
+        """Several `gather`s in one all-gather.
+
+        Args:
+            kinds: what the rows of each group are counted under; the call under the first.
+            groups: of each group its tensors `[n, ...]`; groups differ in `n`.
+
+        Returns:
+            Of each group the rows of all ranks, in the order of ranks, and where they came from.
+        """
+        counts = torch.tensor([len(rows[0]) for rows in groups])
+        every = [torch.arange(int(count), device=self.device) for count in counts]
+        parts = [_packed(rows, chosen) for rows, chosen in zip(groups, every, strict=True)]
+        ahead = counts.view(torch.uint8).to(self.device)
+        payload = torch.cat([ahead, *parts])
+        arrived, rounds = self._timed(kinds[0], [Parcel(payload=payload)] * self.size)
+        others = self.size - 1
+        for at, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
+            count = int(counts[at])
+            self.ledger.add(
+                Traffic(
+                    kind=kind,
+                    calls=int(at == 0),
+                    rounds=rounds * (at == 0),
+                    rows=count * others,
+                    bytes=len(part) * others,
+                    frame_bytes=(self.frame_bytes + len(ahead)) * others * (at == 0),
+                    kept_rows=count,
+                    kept_bytes=len(part),
+                )
+            )
+        return self._ungrouped(groups, [one.payload for one in arrived])
+
+    def _ungrouped(
+        self, groups: Sequence[Sequence[torch.Tensor]], payloads: list[torch.Tensor]
+    ) -> list[Arrival]:
+        width = 8 * len(groups)
+        numbers = [one[:width].to("cpu").clone().view(torch.int64).tolist() for one in payloads]
+        starts = [width] * self.size
+        found = []
+        for at, rows in enumerate(groups):
+            sizes = [_row_bytes(rows) * counts[at] for counts in numbers]
+            parts = [p[s : s + n] for p, s, n in zip(payloads, starts, sizes, strict=True)]
+            starts = [s + n for s, n in zip(starts, sizes, strict=True)]
+            here = [counts[at] for counts in numbers]
+            source = torch.repeat_interleave(torch.arange(self.size), torch.tensor(here))
+            found.append(
+                Arrival(rows=_unpacked(rows, parts, here), source=source.to(self.device), notes=())
+            )
+        return found
+
     def agree(self, what: str, value: Any) -> list[Any]:
         """Every rank's value, by rank. For setting up: values are sent as JSON.
 
@@ -193,11 +246,8 @@ class Link(ABC):
             notes=tuple(one.note for one in arrived),
         )
 
-    def _round(
-        self, kind: str, layer: int | None, parcels: list[Parcel], counts: list[int] | None
-    ) -> list[Parcel]:
-        """One call, timed and counted; `counts` of rows by rank, None for one a rank."""
-        place = kind if layer is None else f"{kind} of layer {layer}"
+    def _timed(self, place: str, parcels: list[Parcel]) -> tuple[list[Parcel], int]:
+        """One swap, its waiting timed and the latency slept."""
         began = time.perf_counter()
         arrived, rounds = self._swap(place, parcels)
         self.ledger.idle_seconds += time.perf_counter() - began
@@ -205,6 +255,14 @@ class Link(ABC):
             began = time.perf_counter()
             time.sleep(self.latency * rounds)
             self.ledger.slept_seconds += time.perf_counter() - began
+        return arrived, rounds
+
+    def _round(
+        self, kind: str, layer: int | None, parcels: list[Parcel], counts: list[int] | None
+    ) -> list[Parcel]:
+        """One call, timed and counted; `counts` of rows by rank, None for one a rank."""
+        place = kind if layer is None else f"{kind} of layer {layer}"
+        arrived, rounds = self._timed(place, parcels)
         sizes = [len(parcel.payload) for parcel in parcels]
         counts = [1] * self.size if counts is None else counts
         self.ledger.add(
