@@ -13,6 +13,7 @@ from torch import multiprocessing, nn
 from transformers import PreTrainedModel
 
 import architectures
+from gloo_runs import check_gloo_run
 from moe_runtime import generate_batches
 from moe_runtime.errors import ConfigError, ParallelError, PlanError, UnsupportedModelError
 from moe_runtime.parallel import Link, ParallelOptions, generate, run_ranks
@@ -24,7 +25,6 @@ from parallel_models import (
     some_prompts,
     tiny,
 )
-from parallel_ranks import check_gloo_run
 
 STEPS = 6
 ARCHITECTURES = (

@@ -6,13 +6,14 @@ Checks what it is given and loads; an engine runs it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_runtime.errors import ConfigError, ParallelError
+from moe_runtime.expert_tensors import drop_expert_tensors
 from moe_runtime.model_spec import read_spec
 from moe_runtime.parallel.engine import Engine
 from moe_runtime.parallel.group_link import GroupLink
@@ -34,6 +35,7 @@ def generate(
     mode: str = "coherent",
     options: ParallelOptions | None = None,
     link: Link | None = None,
+    experts: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
     keep: Callable[[int, int, torch.Tensor], None] | None = None,
     **settings: Any,
 ) -> ParallelRun:
@@ -53,6 +55,8 @@ def generate(
         mode: `"coherent"` or `"vanilla"`.
         options: everything else; `settings` are its fields one by one, in its place.
         link: None for one over torch.distributed's default process group.
+        experts: this rank's experts where they were loaded apart from the model: by absolute layer
+            index and parameter name `[held, ...]`, in ascending order of expert numbers.
         keep: told, on the rank where a row ended, of prompt number, step and logits `[V]`.
 
     Returns:
@@ -71,19 +75,22 @@ def generate(
         raise ConfigError(f"give options or {', '.join(settings)}, not both")
     if link is None:
         link = GroupLink()
-    if not isinstance(model, PreTrainedModel):
-        loaded = AutoModelForCausalLM.from_pretrained(model)
-        assert isinstance(loaded, PreTrainedModel)
-        model = loaded.eval()
-    given = _checked(model, prompts)
-    spec = read_spec(model)
+    whole: PreTrainedModel = (
+        model
+        if isinstance(model, PreTrainedModel)
+        else AutoModelForCausalLM.from_pretrained(model).eval()
+    )
+    given = _checked(whole, prompts)
+    spec = read_spec(whole)
     refuse_modules(spec)
     plan = plan if plan is not None else contiguous_plan(spec.grid, link.size)
     shares = shares_of(plan, spec, link.size)
-    held = held_experts(model, spec, shares.owned(link.rank))
+    held = held_experts(whole, spec, shares.owned(link.rank), experts)
+    if whole is not model:
+        drop_expert_tensors(whole, spec)  # the other ranks'
     _same(link, given, options, plan)
-    stop_tokens = _stop_tokens(model, options.stop_tokens)
-    engine = Engine(model, spec, plan, shares, held, link, options, stop_tokens)
+    stop_tokens = _stop_tokens(whole, options.stop_tokens)
+    engine = Engine(whole, spec, plan, shares, held, link, options, stop_tokens)
     return engine.run(given, keep)
 
 
@@ -108,7 +115,8 @@ def _checked(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[l
         raise ConfigError("no prompts: give one at least")
     size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     found = []
-    for number, prompt in enumerate(prompts):
+    given: Sequence[Any] = prompts
+    for number, prompt in enumerate(given):
         if isinstance(prompt, str) or not len(prompt):
             raise ConfigError(
                 f"prompt {number} is {prompt!r:.40}; a prompt is a list of one or more token ids"
