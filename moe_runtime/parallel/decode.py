@@ -167,7 +167,7 @@ class Decode:
         groups = [[self._tokens_of(mine)], [self._homes_of_prefill().to(narrow)]]
         last = self._options.max_new_tokens == 1
         if not last:
-            groups += [[self._real_rows(added, len(mine))] for added in taken]
+            groups += [[self._real_rows(added)] for added in taken]
         kinds = [TOKENS, HOMES, *[KEYS_VALUES] * len(taken)][: len(groups)]
         arrived = link.gather_groups([PREFILL + kind for kind in kinds], groups)
         self._learn_tokens(ordered, mine, arrived[0].rows[0])
@@ -202,15 +202,19 @@ class Decode:
                     numbers=numbers.flatten(0, 1),
                 )
             )
-            self.kv_row_bytes += layers * rows.shape[-1] * rows.itemsize
+        if not last:
+            self.kv_row_bytes = sum(
+                one.numbers.shape[-1] * one.numbers.itemsize * len(one.layers) for one in taken
+            )
         return whole
 
-    def _real_rows(self, added: Added, count: int) -> torch.Tensor:
+    def _real_rows(self, added: Added) -> torch.Tensor:
         """`[real tokens, layers, numbers]` of a prefill's keys and values."""
         layers = len(added.layers)
         numbers = added.numbers.unflatten(0, (layers, -1))  # [layers, sequences, length, numbers]
         flat = numbers.permute(1, 2, 0, 3).flatten(0, 1)
-        return flat[self._real] if count else flat[:0]
+        real: torch.Tensor = flat[self._real]
+        return real
 
     def _homes_of_prefill(self) -> torch.Tensor:
         """int64 `[real tokens]`: where a row of each would go in the first MoE layer."""

@@ -75,7 +75,7 @@ class Engine:
         """
         mode, check = self._options.mode, None
         decoder = None
-        if mode == "coherent" and self._link.size > 1:
+        if mode == "coherent":
             decoder, check = self._coherent(prompts)
             mode = mode if decoder is not None else "vanilla"
         self._link.ledger = Ledger()

@@ -32,6 +32,7 @@ def generate(
     mode: str = "coherent",
     options: ParallelOptions | None = None,
     link: Link | None = None,
+    experts: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
     loading: Mapping[str, Any] | None = None,
     keep: Callable[[int, int, torch.Tensor], None] | None = None,
     **settings: Any,
@@ -53,6 +54,9 @@ def generate(
         mode: `"coherent"` or `"vanilla"`.
         options: everything else; `settings` are its fields one by one, in its place.
         link: None for one over torch.distributed's default process group.
+        experts: this rank's experts of a model in memory, where they were loaded apart from it: by
+            absolute layer index and parameter name `[held, ...]`, in ascending order of expert
+            numbers.
         loading: of a path: options of `from_pretrained` (`dtype`, `revision`, ...).
         keep: told, on the rank where a row ended, of prompt number, step and logits `[V]`.
 
@@ -75,7 +79,7 @@ def generate(
         link = GroupLink()
     if isinstance(model, PreTrainedModel):
         given = _checked(model, prompts)
-        ready = ready_model(model, given, plan, options, link)
+        ready = ready_model(model, given, plan, options, link, experts)
     else:
         ready = ready_checkpoint(os.fspath(model), prompts, plan, options, link, loading or {})
         given = _checked(ready.model, prompts)
@@ -97,7 +101,8 @@ def _checked(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[l
         raise ConfigError("no prompts: give one at least")
     size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     found = []
-    for number, prompt in enumerate(prompts):
+    given: Sequence[Any] = prompts
+    for number, prompt in enumerate(given):
         if isinstance(prompt, str) or not len(prompt):
             raise ConfigError(
                 f"prompt {number} is {prompt!r:.40}; a prompt is a list of one or more token ids"

@@ -59,13 +59,10 @@ class ParallelOptions:
         ):
             if value not in known:
                 raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-        for name, number in (
-            ("max_new_tokens", self.max_new_tokens),
-            ("batch_size", self.batch_size),
-        ):
-            if not (name == "batch_size" and number is None) and (
-                type(number) is not int or number < 1
-            ):
+        for name in ("max_new_tokens", "batch_size"):
+            number = getattr(self, name)
+            unlimited = name == "batch_size" and number is None
+            if not unlimited and (type(number) is not int or number < 1):
                 raise ConfigError(f"{name} is a number, 1 or more, found {number!r}")
         if not self.temperature >= 0.0:
             raise ConfigError(f"temperature is 0 or more, found {self.temperature}")

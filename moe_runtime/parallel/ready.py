@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -99,8 +100,9 @@ def ready_model(
     plan: Plan | None,
     options: ParallelOptions,
     link: Link,
+    experts: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
 ) -> ReadyModel:
-    """A rank's share of a model in memory: copies of its experts.
+    """A rank's share of a model in memory: copies of its experts, or those given.
 
     Raises:
         ParallelError, PlanError, UnsupportedModelError: as `ready_checkpoint`.
@@ -110,7 +112,7 @@ def ready_model(
     require_same(link, _facts(prompts, plan, options) | {"model": spec.fingerprint})
     plan = plan if plan is not None else contiguous_plan(spec.grid, link.size)
     shares = shares_of(plan, spec, link.size)
-    held = held_experts(model, spec, shares.owned(link.rank))
+    held = held_experts(model, spec, shares.owned(link.rank), experts)
     return ReadyModel(model=model, spec=spec, plan=plan, shares=shares, held=held)
 
 

@@ -123,7 +123,8 @@ class SequenceCache(DynamicCache):
         split = [key_heads * key_width, heads * width]
         for at, part in zip(added.layers, numbers, strict=True):
             keys, values = part.split(split, 2)
-            self.layers[at].update(
+            layer: Any = self.layers[at]
+            layer.update(
                 keys.unflatten(2, (key_heads, key_width)).transpose(1, 2).contiguous(),
                 values.unflatten(2, (heads, width)).transpose(1, 2).contiguous(),
             )
@@ -138,5 +139,6 @@ class SequenceCache(DynamicCache):
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values held."""
-        layers: list[Any] = [layer for layer in self.layers if layer.is_initialized]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        layers: list[Any] = list(self.layers)
+        filled = [layer for layer in layers if layer.is_initialized]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
