@@ -16,15 +16,9 @@ from moe_runtime.parallel.run import FORMAT
 from moe_runtime.parallel.shards import open_source
 from moe_runtime.parallel.shares import contiguous_plan
 from parallel_ranks import two_ranks
+from rank_program import command
 
 PROMPTS = "The river was wide and\nOnce upon a time there was\nIn the morning\n"
-
-
-def command(folder: str, _timeout: float) -> None:
-    """What each rank of the tests below runs; told where its files lie."""
-    place = Path(folder)
-    arguments = json.loads((place / "arguments.json").read_text())
-    app([*arguments], standalone_mode=True)
 
 
 def run_on_two(place: Path, *arguments: str) -> list[tuple[int, str, str]]:
@@ -46,8 +40,11 @@ def test_both_modes_give_one_process_texts_and_only_rank_0_prints(tmp_path: Path
     plan.save(tmp_path / "x.plan.json")
     alone = CliRunner().invoke(
         app,
-        ["generate", moe_runtime.bundled_model(), "--prompts", "-", "-n", "5", "--json"]
-        + ["--schedule", "order"],
+        [
+            "generate",
+            moe_runtime.bundled_model(),
+            *["--prompts", "-", "-n", "5", "--json", "--schedule", "order"],
+        ],
         input=PROMPTS,
     )
     want = [one["tokens"] for one in json.loads(alone.stdout)["generated"]]
@@ -91,8 +88,10 @@ def test_without_torchrun_the_command_to_run_is_said(
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     result = CliRunner().invoke(
         app,
-        ["generate", moe_runtime.bundled_model(), "--prompts", str(tmp_path / "prompts.txt")]
-        + ["--expert-parallel", "coherent"],
+        [
+            *("generate", moe_runtime.bundled_model(), "--prompts", str(tmp_path / "prompts.txt")),
+            *("--expert-parallel", "coherent"),
+        ],
     )
     assert result.exit_code == 1
     assert "torchrun --nproc-per-node 2 -m moe_runtime generate" in result.stderr
