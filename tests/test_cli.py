@@ -41,7 +41,7 @@ SURFACE = {
         *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
         *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
         *("--every", "--predictor", "--compare", "--verify", "--out"),
-        *("--expert-parallel", "--timeout", "--run-file"),
+        *("--expert-parallel", "--timeout"),
     },
     "hardware": {"--path", "--expert-shape", "--dtype", "--refresh", "--cache-dir"},
     "inspect": {
