@@ -217,11 +217,9 @@ def _checked(data: Any) -> Mapping[str, Any]:
         raise RunError(
             f"field 'version' is {data.get('version')!r}, this release reads {_VERSION}; run again"
         )
-    kinds: list[tuple[str, type]] = [
-        *((n, int | float) for n in _NUMBERS),
-        *((n, list) for n in _LISTS),
-    ]  # type: ignore[misc]
-    for name, kind in [*kinds, ("mode", str), ("asked", str)]:
+    kinds: dict[str, type | tuple[type, ...]] = {"mode": str, "asked": str}
+    kinds |= dict.fromkeys(_NUMBERS, (int, float)) | dict.fromkeys(_LISTS, list)
+    for name, kind in kinds.items():
         if not isinstance(data.get(name), kind) or isinstance(data[name], bool):
             raise RunError(f"field {name!r} is missing or damaged: {data.get(name)!r:.80}")
     for name, keys in (
