@@ -17,7 +17,7 @@ from moe_runtime.hardware.values import HardwareProfile
 from moe_runtime.kv_cache import kv_bytes
 from moe_runtime.memory import free_memory
 from moe_runtime.model_spec import MoESpec
-from moe_runtime.slots import slot_bytes
+from moe_runtime.slots import RowBlocks, slot_bytes
 from moe_runtime.store import bounce_bytes
 
 __all__ = ["BudgetPlan", "least_budget", "plan_budget", "resolve_budget"]
@@ -62,7 +62,7 @@ def resolve_budget(
     device: torch.device,
     *,
     threads: int,
-    flips: Sequence[bool] | None = None,
+    rows: Sequence[RowBlocks | None] | None = None,
     batch: int = 1,
     length: int = 4096,
     dense: int = 0,
@@ -79,7 +79,7 @@ def resolve_budget(
         dense: bytes of other weights that count as free now, but are wanted.
         profile: what was measured of this machine: says what an expert that does not fit costs.
     """
-    everything = _whole(spec, threads, flips)
+    everything = _whole(spec, threads, rows)
     share = None if isinstance(budget, int) else parse_share(budget)
     if share is not None:
         total = int(share * spec.total_expert_bytes)
@@ -122,15 +122,15 @@ def _miss_words(
     return f"; one that does not fit takes about {' or '.join(told)} (measured {when})"
 
 
-def _sizes(spec: MoESpec, flips: Sequence[bool] | None) -> list[int]:
+def _sizes(spec: MoESpec, rows: Sequence[RowBlocks | None] | None) -> list[int]:
     """Bytes of a slot of each expert shape."""
-    flips = flips or [False] * len(spec.groups)
-    return [slot_bytes(g, flipped=flip) for g, flip in zip(spec.groups, flips, strict=True)]
+    lie = rows or [None] * len(spec.groups)
+    return [slot_bytes(group, rows=one) for group, one in zip(spec.groups, lie, strict=True)]
 
 
-def _whole(spec: MoESpec, threads: int, flips: Sequence[bool] | None) -> int:
+def _whole(spec: MoESpec, threads: int, rows: Sequence[RowBlocks | None] | None) -> int:
     """A budget in which every expert has a slot."""
-    sizes = _sizes(spec, flips)
+    sizes = _sizes(spec, rows)
     slots = sum(
         layer.num_experts * sizes[spec.group_of(at)] for at, layer in enumerate(spec.layers)
     )
@@ -150,7 +150,7 @@ def least_budget(
     threads: int,
     floor: int,
     disk: bool,
-    flips: Sequence[bool] | None = None,
+    rows: Sequence[RowBlocks | None] | None = None,
     pinned: Sequence[int] = (),
 ) -> int:
     """The smallest budget that works: one layer's top-k of each shape, and staging.
@@ -159,7 +159,7 @@ def least_budget(
         pinned: as for `plan_budget`.
     """
     need = _least_slots(spec, pinned)
-    pools = sum(count * size for count, size in zip(need, _sizes(spec, flips), strict=True))
+    pools = sum(count * size for count, size in zip(need, _sizes(spec, rows), strict=True))
     if not disk:
         return pools
     # The piece size depends on the budget, weakly: the fixed point is reached at once or twice.
@@ -199,7 +199,7 @@ def plan_budget(
     threads: int,
     floor: int,
     disk: bool,
-    flips: Sequence[bool] | None = None,
+    rows: Sequence[RowBlocks | None] | None = None,
     pinned: Sequence[int] = (),
 ) -> BudgetPlan:
     """Cut a budget into staging and slots.
@@ -209,7 +209,7 @@ def plan_budget(
         threads: reader threads, each with a bounce buffer.
         floor: the smallest piece that can be read (a row that is converted on the way).
         disk: whether anything is read from disk at all.
-        flips: for each expert shape whether its slots hold weights transposed.
+        rows: for each expert shape how its slots hold weights; as the model unless given.
         pinned: for each layer how many of its experts stay in their slots; none if not given.
 
     Raises:
@@ -221,14 +221,14 @@ def plan_budget(
     readers = _readers(total, threads, chunk)
     staging = readers * bounce_bytes(chunk) if disk else 0
     least = _least_slots(spec, pinned)
-    sizes = _sizes(spec, flips)
+    sizes = _sizes(spec, rows)
     whole = [0] * len(sizes)
     for position, layer in enumerate(spec.layers):
         whole[spec.group_of(position)] += layer.num_experts
     base = sum(count * size for count, size in zip(least, sizes, strict=True))
     if staging + base > total:
         smallest = least_budget(
-            spec, threads=threads, floor=floor, disk=disk, flips=flips, pinned=pinned
+            spec, threads=threads, floor=floor, disk=disk, rows=rows, pinned=pinned
         )
         text = _too_small(spec, total, smallest, staging, max(sizes), pinned)
         # Nobody asked for this number of bytes: say how it came about.

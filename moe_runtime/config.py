@@ -29,9 +29,9 @@ class RuntimeConfig:
         policy_options: its options, for example `{"counts": [...]}` for `"static"`.
         exact: compute as transformers' eager experts do, bit for bit, instead of fast.
         layout: how weights lie in slots on a CPU: `"native"`, as the model has them; `"rows"`,
-            transposed, so that single tokens decode at memory bandwidth but each miss pays for the
-            transposition; `"auto"`, rows if every expert fits. Their results differ in the last
-            bits, each is the same at every budget.
+            transposed in blocks of rows, so that single tokens decode at memory bandwidth but each
+            miss pays for the transposition; `"auto"`, rows if every expert fits. Their results
+            differ in the last bits, each is the same at every budget.
         reader_threads: threads that read experts from disk, 1 to 16.
         preload: fill the slots before the first step: True, False, or `"auto"` (only if every
             expert fits).

@@ -134,7 +134,7 @@ class Executor:
         self.loader = ExpertLoader(cache, transfers, profiler)
         self._numbers = SequenceNumbers()
         self._pools = pools
-        # Where weights lie `[in, out]`, one token's experts are summed from tables of rows.
+        # Where weights lie in blocks of rows, one token's experts are summed from tables of them.
         self._tables = [pool.tables() if by_rows else None for pool in pools]
         self._device = device
         # How layers are computed over slots; what is no GPU has its own way.
@@ -449,8 +449,7 @@ class Executor:
         with self._lock:
             pool = self._pools[self.cache.group(position)]
             if self.cache.is_resident(position, expert):
-                held = pool.targets(self.cache.slot(position, expert))
-                return tuple(tensor.to("cpu", copy=True) for tensor in held)
+                return pool.copies(self.cache.slot(position, expert))
             return self.fetcher.read_now(position, expert, pool.params)
 
     # -- the device -----------------------------------------------------------------------------

@@ -165,7 +165,8 @@ class Fetcher:
             fetch.from_host = True
             fetch.nbytes = sum(t.numel() * t.element_size() for t in held)
             fetch.begun = True
-            pairs = list(zip(target, held, strict=True))
+            # A slot may have a dimension of the model in two.
+            pairs = [(t, one.reshape(t.shape)) for t, one in zip(target, held, strict=True)]
             fetch.token = self._device.copy(pairs, after, ahead=ahead)
             if self._host is not None:
                 self._host.lease(position, expert, fetch.token)

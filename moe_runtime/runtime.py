@@ -37,7 +37,7 @@ from moe_runtime.expert_tensors import (
 )
 from moe_runtime.hardware.cache import known_profile
 from moe_runtime.kernels import ExpertForm
-from moe_runtime.layout import flipped_groups, largest_whole_row, lies_by_rows
+from moe_runtime.layout import largest_whole_row, lies_by_rows, row_blocks
 from moe_runtime.loading import (
     build_structure,
     load_without_experts,
@@ -63,7 +63,7 @@ from moe_runtime.report import Report
 from moe_runtime.run_record import run_record
 from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, resolve_shards
 from moe_runtime.saving import ExpertStateDict
-from moe_runtime.slots import SlotPool, slot_bytes
+from moe_runtime.slots import RowBlocks, SlotPool, slot_bytes
 from moe_runtime.steps import begin_step, step_modules
 from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store
 from moe_runtime.trace_writer import open_writer
@@ -158,8 +158,8 @@ class Runtime:
         by_rows = not in_place and self._by_rows()
         floor = largest_whole_row(self.spec, experts, by_rows=by_rows) if experts else 0
         disk = experts is not None
-        flips = flipped_groups(self.spec, by_rows=by_rows)
-        total, text = self._resolve(flips)
+        rows = row_blocks(self.spec, by_rows=by_rows)
+        total, text = self._resolve(rows)
         pinned = self.pinning.counts if self.pinning else ()
         if not in_place:
             self.budget = plan_budget(
@@ -169,14 +169,14 @@ class Runtime:
                 threads=threads,
                 floor=floor,
                 disk=disk,
-                flips=flips,
+                rows=rows,
                 pinned=pinned,
             )
             counts: tuple[int, ...] = self.budget.slots
             groups = [self.spec.group_of(p) for p in range(len(self.spec.layers))]
             pools = [
-                SlotPool(params, count, self.device.allocate, flipped=flip)
-                for params, count, flip in zip(self.spec.groups, counts, flips, strict=True)
+                SlotPool(params, count, self.device.allocate, rows=one)
+                for params, count, one in zip(self.spec.groups, counts, rows, strict=True)
             ]
         else:
             counts = grid.experts
@@ -228,7 +228,7 @@ class Runtime:
         weakref.finalize(self, self._fetcher.close)
 
     def _by_rows(self) -> bool:
-        """Whether weights are to lie transposed in the slots."""
+        """Whether weights are to lie in blocks of rows."""
         total, _ = self._resolve(None)
         everything = sum(slot_bytes(x.params) * x.num_experts for x in self.spec.layers)
         return lies_by_rows(
@@ -239,14 +239,14 @@ class Runtime:
             fits=total >= everything,
         )
 
-    def _resolve(self, flips: Sequence[bool] | None) -> tuple[int, str]:
+    def _resolve(self, rows: Sequence[RowBlocks | None] | None) -> tuple[int, str]:
         return resolve_budget(
             self.config.expert_budget,
             self.spec,
             self.model.config,
             self.device.torch_device,
             threads=self.config.reader_threads,
-            flips=flips,
+            rows=rows,
             batch=self.config.max_batch,
             length=self.config.max_length,
             dense=self._dense_to_come(),

@@ -58,7 +58,8 @@ corpus            |                                        |
 importers.*       | trace trace_writer routing_counts importers.* | numpy torch safetensors
 kv_cache          |                                        | torch transformers
 slots             | model_spec                             | torch
-store             | checkpoint model_spec slots            | torch numpy
+filling           | checkpoint                             | torch
+store             | checkpoint model_spec slots filling    | torch numpy
 budget            | memory model_spec slots store hardware.* kv_cache | torch transformers
 selection         |                                        | numpy
 eviction_learned  | selection                              | numpy
@@ -70,7 +71,7 @@ predictors.evaluation |                                    |
 predictors.*      | trace trace_summary model_spec predictors.* | torch numpy safetensors
 cache             | access store eviction                  | torch numpy
 prefetch          | model_spec cache device store          | torch numpy
-layout            | kernels.* model_spec checkpoint        |
+layout            | kernels.* model_spec checkpoint slots  |
 steps             |                                        | torch
 routing           | access                                 | torch numpy
 eager             |                                        | torch

@@ -5,8 +5,10 @@
 `decode_bags` wants them `[in, out]`. A product of one row and a matrix is then a weighted sum of
 the matrix's rows, which is what `embedding_bag` computes: over a table of rows, by row numbers,
 with a weight for each. With the whole pool as the table, *one* call reads exactly the rows of all
-active experts, gathers nothing and pays no start-up for each expert. One bag is one expert and is
-summed by one thread in float32, so an expert's bits do not depend on the others.
+active experts, gathers nothing and pays no start-up for each expert. Wide rows are cut into blocks,
+`[out / width, in, width]`, so that a sum stays in registers and reads memory in one run: that alone
+makes it half as fast again. One bag is one block of one expert and is summed by one thread in
+float32, so an expert's bits do not depend on the others.
 
 Knows no routing.
 """
@@ -37,23 +39,24 @@ def decode_bags(
     stacked: Sequence[torch.Tensor],
     form: ExpertForm,
 ) -> torch.Tensor:
-    """Some experts on one token, weights stored `[in, out]`.
+    """Some experts on one token, weights stored in blocks of rows.
 
     Args:
         hidden: `[1, D]`.
         slots: slots of the `n` experts.
-        tables: for each tensor of an expert, all slots as `[rows, out]` and the rows of a slot.
+        tables: for each tensor of an expert, all slots as `[rows, width]` and the rows of a slot.
         stacked: for each tensor of an expert, `[slots, ...]`.
 
     Returns:
         `[n, D']`, before routing weights.
     """
     places = torch.tensor(slots)
-    inner = _bags(tables[form.up], places, hidden.expand(len(slots), -1))
+    up, down = stacked[form.up].shape[1], stacked[form.down].shape[1]
+    inner = _bags(tables[form.up], places, hidden.expand(len(slots), -1), up)
     if form.up_bias is not None:
         inner = inner + stacked[form.up_bias][places]
     inner = _activate(inner, form)
-    out = _bags(tables[form.down], places, inner)
+    out = _bags(tables[form.down], places, inner, down)
     if form.down_bias is not None:
         out = out + stacked[form.down_bias][places]
     if form.finish is not None:
@@ -74,22 +77,22 @@ def _activate(rows: torch.Tensor, form: ExpertForm) -> torch.Tensor:
     return torch.cat([form.activation(row) for row in rows.split(1)])
 
 
-def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor, blocks: int) -> torch.Tensor:
     """`inputs [n, in]`, each row times the matrix in its slot: `[n, out]`."""
     rows, per_slot = table
-    count, width = inputs.shape
-    within, bounds = _counting(count, width)
+    count, size = inputs.shape
+    within, bounds = _counting(count, blocks, size)
     numbers = ((places * per_slot).unsqueeze(1) + within).view(-1)
+    weights = inputs.unsqueeze(1).expand(count, blocks, size).reshape(-1)
     # The operator itself: what `functional.embedding_bag` checks before it holds here.
-    return torch.embedding_bag(
-        rows, numbers, bounds, False, 0, False, inputs.reshape(-1), False, None
-    )[0]
+    sums = torch.embedding_bag(rows, numbers, bounds, False, 0, False, weights, False, None)[0]
+    return sums.view(count, -1)
 
 
 @lru_cache(maxsize=256)
-def _counting(count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The row numbers within a slot, and where each of `count` bags begins."""
-    return torch.arange(width), torch.arange(0, count * width, width)
+def _counting(count: int, blocks: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row numbers within a slot, and where each of `count * blocks` bags begins."""
+    return torch.arange(blocks * size), torch.arange(0, count * blocks * size, size)
 
 
 def decode_loop(
