@@ -68,6 +68,7 @@ def decode_bags(
 # differ, and share more than this many elements among threads.
 _VECTORS = 128
 _SHARED = 32768
+_INT32 = torch.iinfo(torch.int32).max
 
 
 def _activate(rows: torch.Tensor, form: ExpertForm) -> torch.Tensor:
@@ -81,8 +82,10 @@ def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor, blocks: int)
     """`inputs [n, in]`, each row times the matrix in its slot: `[n, out]`."""
     rows, per_slot = table
     count, size = inputs.shape
-    within, bounds = _counting(count, blocks, size)
-    numbers = ((places * per_slot).unsqueeze(1) + within).view(-1)
+    # Numbers of half the size are half the bytes to write and to read.
+    dtype = torch.int32 if len(rows) <= _INT32 else torch.int64
+    within, bounds = _counting(count, blocks, size, dtype)
+    numbers = ((places.to(dtype) * per_slot).unsqueeze(1) + within).view(-1)
     weights = inputs.unsqueeze(1).expand(count, blocks, size).reshape(-1)
     # The operator itself: what `functional.embedding_bag` checks before it holds here.
     sums = torch.embedding_bag(rows, numbers, bounds, False, 0, False, weights, False, None)[0]
@@ -90,9 +93,12 @@ def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor, blocks: int)
 
 
 @lru_cache(maxsize=256)
-def _counting(count: int, blocks: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _counting(
+    count: int, blocks: int, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The row numbers within a slot, and where each of `count * blocks` bags begins."""
-    return torch.arange(blocks * size), torch.arange(0, count * blocks * size, size)
+    bounds = torch.arange(0, count * blocks * size, size, dtype=dtype)
+    return torch.arange(blocks * size, dtype=dtype), bounds
 
 
 def decode_loop(
