@@ -35,6 +35,7 @@ from moe_runtime.kernels import (
     expert_mlp,
     grouped_experts,
     recognise,
+    rows_of_experts,
     slot_experts,
     triton_takes,
 )
@@ -345,6 +346,11 @@ class Executor:
         self, handle: LayerHandle, inputs: torch.Tensor, experts: list[int], counts: list[int]
     ) -> torch.Tensor:
         """Outputs of some experts on their rows `inputs [n, D]`, `counts` rows each."""
+        tables = self._tables[self.cache.group(handle.position)]
+        if tables is not None:
+            held = self.cache.slots_of(handle.position, experts)
+            stacked = self._pool(handle).stacked
+            return rows_of_experts(inputs, counts, held, tables, stacked, handle.form)
         if self._device.is_cpu:
             parts = zip(inputs.split(counts), self._held(handle, experts), strict=True)
             return torch.cat([expert_mlp(part, held, handle.form) for part, held in parts])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_runtime.kernels import ExpertForm, decode_bags, expert_mlp
+from moe_runtime.kernels import ExpertForm, decode_bags, expert_mlp, rows_of_experts
 from torch.nn import functional
 
 from moe_runtime.model_spec import ExpertParam
@@ -57,6 +57,10 @@ def form(*, transposed: bool, bias: bool) -> ExpertForm:
     )
 
 
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
 SIZES = st.sampled_from([(16, 8), (128, 32), (96, 40), (256, 160), (320, 192), (7, 5)])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -93,15 +97,26 @@ def test_sums_of_rows_are_the_experts_whatever_else_is_computed(
     for row, slot in zip(found, slots, strict=True):
         own = form(transposed=transposed, bias=bias)
         (wanted,) = expert_mlp(hidden, experts[slot], own)
-        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        close(row, wanted)
         (alone,) = decode_bags(hidden, [slot], tables, pool.stacked, by_rows)
         assert torch.equal(row, alone)
+    counts = [1 + (slot * 7 + len(slots)) % 4 for slot in slots]
+    inputs = torch.randn(sum(counts), sizes[0], generator=torch.Generator().manual_seed(3))
+    together = rows_of_experts(inputs, counts, slots, tables, pool.stacked, by_rows)
+    apart = [
+        rows_of_experts(part, [count], [slot], tables, pool.stacked, by_rows)
+        for part, count, slot in zip(inputs.split(counts), counts, slots, strict=True)
+    ]
+    assert torch.equal(together, torch.cat(apart))
+    wanted = [
+        expert_mlp(part, experts[slot], form(transposed=transposed, bias=bias))
+        for part, slot in zip(inputs.split(counts), slots, strict=True)
+    ]
+    close(together, torch.cat(wanted))
     many = torch.randn(6, sizes[0], generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(
+    close(
         expert_mlp(many, pool.tensors(slots[0]), by_rows),
         expert_mlp(many, experts[slots[0]], form(transposed=transposed, bias=bias)),
-        rtol=1e-3,
-        atol=1e-3,
     )
 
 

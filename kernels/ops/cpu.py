@@ -15,13 +15,13 @@ Knows no routing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
-from moe_runtime.kernels.reference import ExpertForm, project
+from moe_runtime.kernels.reference import ExpertForm, expert_mlp, project
 
-__all__ = ["Table", "bags_are_fast", "decode_bags", "decode_loop"]
+__all__ = ["Table", "bags_are_fast", "decode_bags", "decode_loop", "rows_of_experts"]
 
 Table = tuple[torch.Tensor, int]
 
@@ -39,11 +39,11 @@ def decode_bags(
     stacked: Sequence[torch.Tensor],
     form: ExpertForm,
 ) -> torch.Tensor:
-    """Some experts on one token, weights stored in blocks of rows.
+    """Some experts on one token, or each on a row of its own; weights in blocks of rows.
 
     Args:
-        hidden: `[1, D]`.
-        slots: slots of the `n` experts.
+        hidden: `[1, D]` or `[n, D]`.
+        slots: slots of the `n` experts; one may stand several times.
         tables: for each tensor of an expert, all slots as `[rows, width]` and the rows of a slot.
         stacked: for each tensor of an expert, `[slots, ...]`.
 
@@ -64,6 +64,48 @@ def decode_bags(
     return out
 
 
+# Bags read an expert once for each of its rows: measured, two are quicker so than by a product.
+_FEW = 2
+
+
+def rows_of_experts(
+    inputs: torch.Tensor,
+    counts: Sequence[int],
+    slots: Sequence[int],
+    tables: Sequence[Table],
+    stacked: Sequence[torch.Tensor],
+    form: ExpertForm,
+) -> torch.Tensor:
+    """Some experts, each on rows of its own, weights in blocks of rows.
+
+    How an expert is computed depends on the number of its rows alone, so its bits do too.
+
+    Args:
+        inputs: `[n, D]`, first the first expert's rows.
+        counts: rows of each expert.
+        slots: their slots.
+        tables, stacked: as for `decode_bags`.
+
+    Returns:
+        `[n, D']`, before routing weights.
+    """
+    few = [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)
+           if count <= _FEW]  # fmt: skip
+    if len(few) == len(inputs):
+        return decode_bags(inputs, few, tables, stacked, form)
+    parts = inputs.split(list(counts))
+    by_bags = [part for part in parts if len(part) <= _FEW]
+    quick: Iterator[torch.Tensor] = iter(())
+    if by_bags:
+        sums = decode_bags(torch.cat(by_bags), few, tables, stacked, form)
+        quick = iter(sums.split([len(part) for part in by_bags]))
+    return torch.cat([
+        next(quick) if len(part) <= _FEW
+        else expert_mlp(part, tuple(stack[slot] for stack in stacked), form)
+        for part, slot in zip(parts, slots, strict=True)
+    ])  # fmt: skip
+
+
 # Element-wise kernels take whole vectors and finish with single elements, whose last bits may
 # differ, and share more than this many elements among threads.
 _VECTORS = 128
@@ -72,10 +114,12 @@ _INT32 = torch.iinfo(torch.int32).max
 
 
 def _activate(rows: torch.Tensor, form: ExpertForm) -> torch.Tensor:
-    """The activation of `[n, U]`; at once only where a row's bits cannot depend on the others."""
-    if rows.shape[1] % _VECTORS == 0 and rows.numel() <= _SHARED:
+    """The activation of `[n, U]`, of as many rows at once as leave a row's bits its own."""
+    width = rows.shape[1]
+    together = max(1, _SHARED // width) if width % _VECTORS == 0 else 1
+    if len(rows) <= together:
         return form.activation(rows)
-    return torch.cat([form.activation(row) for row in rows.split(1)])
+    return torch.cat([form.activation(part) for part in rows.split(together)])
 
 
 def _bags(table: Table, places: torch.Tensor, inputs: torch.Tensor, blocks: int) -> torch.Tensor:
