@@ -30,8 +30,8 @@ class RuntimeConfig:
         exact: compute as transformers' eager experts do, bit for bit, instead of fast.
         layout: how weights lie in slots on a CPU: `"native"`, as the model has them; `"rows"`,
             transposed in blocks of rows, so that single tokens decode at memory bandwidth but each
-            miss pays for the transposition; `"auto"`, rows if every expert fits. Their results
-            differ in the last bits, each is the same at every budget.
+            miss pays for the transposition; `"auto"`, rows if every expert fits, else native. Their
+            results differ in the last bits, each is the same at every budget.
         reader_threads: threads that read experts from disk, 1 to 16.
         preload: fill the slots before the first step: True, False, or `"auto"` (only if every
             expert fits).
@@ -53,7 +53,7 @@ class RuntimeConfig:
     policy: str = "lru"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
-    layout: str = "native"
+    layout: str = "auto"
     reader_threads: int = 3
     preload: bool | str = "auto"
     plan: str | None = None
