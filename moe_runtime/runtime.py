@@ -36,6 +36,8 @@ from moe_runtime.expert_tensors import (
     place_placeholders,
 )
 from moe_runtime.hardware.cache import known_profile
+from moe_runtime.host_experts import HostBatch
+from moe_runtime.hosting import make_hosting
 from moe_runtime.kernels import ExpertForm
 from moe_runtime.layout import largest_whole_row, lies_by_rows, row_blocks
 from moe_runtime.loading import (
@@ -216,6 +218,12 @@ class Runtime:
             exact=self.config.exact,
             by_rows=by_rows,
         )
+        if not self.device.is_cpu and not self.config.exact:
+            self.executor.slots.hosting = make_hosting(
+                self.config.host_execution,
+                known_profile(self.config.hardware),
+                str(self.device.torch_device),
+            )
         if self.predictor is not None:
             if not self.device.is_cpu:
                 self._fetcher.measure_copies(max(layer.expert_bytes for layer in self.spec.layers))
@@ -226,6 +234,7 @@ class Runtime:
             self.cache.adopt_all()
         # The runtime outlives the model that it was made for where a deep copy of that goes on.
         weakref.finalize(self, self._fetcher.close)
+        weakref.finalize(self, self.executor.slots.close)
 
     def _by_rows(self) -> bool:
         """Whether weights are to lie in blocks of rows."""
@@ -283,7 +292,14 @@ class Runtime:
             self.spec, total, "host", threads=self.config.reader_threads, floor=0, disk=False
         )
         counts = [max(host, fast) for host, fast in zip(plan.slots, self.budget.slots, strict=True)]
-        return HostTier(self.spec, counts, self.device.allocate_host, self.device.finish)
+
+        def finish(token: Any) -> None:
+            if isinstance(token, HostBatch):
+                token.wait()
+            else:
+                self.device.finish(token)
+
+        return HostTier(self.spec, counts, self.device.allocate_host, finish)
 
     def install(self) -> None:
         """Hook into the model: its experts, and around its forward calls."""
@@ -438,6 +454,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
     max_batch: int = 1,
     max_length: int = 4096,
     hardware: str | None = "auto",
+    host_execution: str = "auto",
     auto_class: str | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -451,7 +468,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
             at the start and stay; the policy has the rest of the budget.
         predictor: a predictor file (`moe-runtime train-predictor`) or a `Predictor`: experts are
             loaded ahead of their layers and kept by what it forecasts, as long as that pays.
-        prediction_options, max_batch, max_length, hardware: see `RuntimeConfig`.
+        prediction_options, max_batch, max_length, hardware, host_execution: see `RuntimeConfig`.
         auto_class: name of the auto class to load with; None for the first that knows the model.
         hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
 
@@ -484,6 +501,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
         max_batch=max_batch,
         max_length=max_length,
         hardware=hardware,
+        host_execution=host_execution,
     )
     place = open_device(device)
     before = resident_set()
@@ -539,6 +557,7 @@ def attach(  # noqa: PLR0913  as above
     max_batch: int = 1,
     max_length: int = 4096,
     hardware: str | None = "auto",
+    host_execution: str = "auto",
 ) -> PreTrainedModel:
     """Run a model that is already in memory through the runtime; its Parameters are the host tier.
 
@@ -572,6 +591,7 @@ def attach(  # noqa: PLR0913  as above
         max_batch=max_batch,
         max_length=max_length,
         hardware=hardware,
+        host_execution=host_execution,
     )
     place = open_device(device)
     spec = read_spec(model)

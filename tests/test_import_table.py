@@ -90,8 +90,12 @@ timed_simulation  | access cache eviction forecast loader payoff predictors.* pr
                     profiler timed_result trace virtual_link | numpy
 cache_baselines   | eviction predictors.* prefetch_planner timed_result timed_simulation trace \
                     virtual_link                           | numpy
+host_experts      | kernels.*                              | torch
+hosting           | hardware.* places                      |
+slot_layers       | kernels.* cache device host_experts hosting loader prefetch routing \
+                    slot_transfers slots                   | torch
 executor          | kernels.* model_spec access cache device eager loader prefetch profiler \
-                    routing rows slot_transfers slots steps | torch numpy transformers
+                    routing rows slot_layers slot_transfers slots steps | torch numpy transformers
 interface         | executor                               | torch transformers
 module_routing    | access                                 | torch numpy
 module_calls      | access executor expert_modules model_spec module_routing steps | torch numpy

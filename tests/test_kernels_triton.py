@@ -27,7 +27,7 @@ from moe_runtime.kernels import (
 
 import later_device
 import moe_runtime
-from moe_runtime import executor
+from moe_runtime import slot_layers
 from slot_pools import SlotCase, slot_case
 from tiny import tiny_model
 
@@ -179,13 +179,13 @@ def test_the_executor_computes_the_same_at_every_budget(monkeypatch: pytest.Monk
     asked: list[str] = []
 
     def counted(name: str) -> None:
-        kernel = getattr(executor, name)
+        kernel = getattr(slot_layers, name)
 
         def count(*arguments: Any, **named: Any) -> Any:
             asked.append(name)
             return kernel(*arguments, **named)
 
-        monkeypatch.setattr(executor, name, count)
+        monkeypatch.setattr(slot_layers, name, count)
 
     counted("slot_experts")
     counted("contributions")
@@ -198,7 +198,7 @@ def test_the_executor_computes_the_same_at_every_budget(monkeypatch: pytest.Monk
         found = {}
         for budget in ("100%", "30%"):
             model = moe_runtime.attach(tiny_model(), expert_budget=budget, device="cuda")
-            moe_runtime.runtime_of(model).executor._kernel = "triton"
+            moe_runtime.runtime_of(model).executor.slots.kernel = "triton"
             asked.clear()
             found[budget] = [model(input_ids=prompt).logits for prompt in prompts]
             # Where all is resident one call makes a layer.

@@ -91,8 +91,9 @@ def _uses(run: Run) -> str:
 
 def _reads(run: Run, summary: Summary) -> str:
     totals = run.counters
+    hosted = f"{count(totals.hosted)} misses computed on the host, " if totals.hosted else ""
     return (
-        f"{size(totals.bytes_read)} from disk, {size(totals.host_bytes)} from host memory, "
+        f"{size(totals.bytes_read)} from disk, {size(totals.host_bytes)} from host memory, {hosted}"
         f"stalled {duration(totals.stall_seconds)} ({percent(summary.stall_share)})"
     )
 
