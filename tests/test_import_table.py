@@ -60,6 +60,7 @@ kv_cache          |                                        | torch transformers
 slots             | model_spec                             | torch
 store             | checkpoint model_spec slots            | torch numpy
 budget            | memory model_spec slots store hardware.* kv_cache | torch transformers
+slot_memory       | budget device memory model_spec slots store | torch
 selection         |                                        | numpy
 eviction_learned  | selection                              | numpy
 eviction_predicted | eviction_learned selection            | numpy
