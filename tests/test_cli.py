@@ -40,7 +40,8 @@ SURFACE = {
         *("--chat", "--expert-budget", "--host-budget", "--device", "--policy", "--exact"),
         *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
         *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
-        *("--every", "--predictor", "--compare", "--verify", "--out"),
+        *("--every", "--predictor", "--compare", "--verify", "--out", "--max-batch"),
+        "--max-length",
     },
     "hardware": {"--path", "--expert-shape", "--dtype", "--refresh", "--cache-dir"},
     "inspect": {
@@ -61,7 +62,7 @@ SURFACE = {
         *("MODEL", "--data", "--out", "--split", "--max-new-tokens", "--batch-size"),
         *("--max-tokens", "--limit", "--chat", "--expert-budget", "--host-budget", "--device"),
         *("--policy", "--exact", "--reader-threads", "--dtype", "--revision", "--subfolder"),
-        *("--variant", "--local-files-only"),
+        *("--variant", "--local-files-only", "--max-batch", "--max-length"),
     },
     "trace import": {
         *("FILES...", "--out", "--from", "--model", "--layers", "--first-dense", "--moe-layers"),

@@ -145,7 +145,7 @@ cli.*             | version __init__ runtime config budget layout report.* place
                     hardware.*                             \
                     cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* steering.* importers.* trace trace_summary routing_counts \
-                    corpus cli.* \
+                    corpus batches cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |
 """

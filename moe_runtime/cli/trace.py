@@ -14,6 +14,8 @@ import typer
 
 from moe_runtime.cli.groups import group
 from moe_runtime.cli.options import (
+    AskedBatchOption,
+    AskedLengthOption,
     DebugOption,
     DtypeOption,
     ExactOption,
@@ -31,6 +33,7 @@ from moe_runtime.cli.options import (
     outcome_place,
 )
 from moe_runtime.cli.recording import Recorded, record_documents
+from moe_runtime.cli.room import AskedRoom, budget_line
 from moe_runtime.cli.session import emit_json, quiet_libraries, session, to_stderr
 from moe_runtime.cli.trace_import import import_command
 from moe_runtime.corpus import SPLITS, read_corpus
@@ -87,6 +90,8 @@ def record(  # noqa: PLR0913, PLR0917  the command's options
     policy: PolicyOption = "lru",
     exact: ExactOption = False,
     reader_threads: ReaderThreadsOption = 3,
+    max_batch: AskedBatchOption = None,
+    max_length: AskedLengthOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
@@ -131,6 +136,7 @@ def record(  # noqa: PLR0913, PLR0917  the command's options
             place,
             hub=hub,
             runtime=options,
+            room=AskedRoom(max_batch=max_batch, max_length=max_length),
             new_tokens=max_new_tokens,
             batch_size=batch_size,
             max_tokens=max_tokens,
@@ -152,6 +158,7 @@ def _show_recorded(done: Recorded, seconds: float, *, as_json: bool) -> None:
                 "prompts": done.prompts,
                 "bytes": size,
                 "seconds": round(seconds, 3),
+                "budget": done.record["budget"],
                 "interrupted": done.interrupted,
             }
         )
@@ -161,6 +168,8 @@ def _show_recorded(done: Recorded, seconds: float, *, as_json: bool) -> None:
             + (", interrupted: it holds what ran until then" if done.interrupted else ""),
             err=done.interrupted,
         )
+        if line := budget_line(done.record):
+            typer.echo(line, err=True)
     if done.interrupted:
         raise KeyboardInterrupt
 
