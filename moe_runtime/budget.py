@@ -20,11 +20,34 @@ from moe_runtime.model_spec import MoESpec
 from moe_runtime.slots import RowBlocks, slot_bytes
 from moe_runtime.store import bounce_bytes
 
-__all__ = ["BudgetPlan", "least_budget", "plan_budget", "resolve_budget"]
+__all__ = [
+    "BudgetPlan",
+    "Shrunk",
+    "least_budget",
+    "least_slots",
+    "plan_budget",
+    "resolve_budget",
+    "working_room",
+]
 
 _MAX_CHUNK = 1 << 20
 _MIN_CHUNK = 4096
 _MARGIN = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrunk:
+    """Slots that there was no memory for, so that a plan has fewer.
+
+    Args:
+        asked: slots of each expert shape before.
+        nbytes: bytes of them.
+        why: what was said when they were asked for.
+    """
+
+    asked: tuple[int, ...]
+    nbytes: int
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +62,7 @@ class BudgetPlan:
         staging: bytes of all their buffers.
         pools: bytes of all slots.
         explanation: one sentence for people.
+        shrunk: what was planned before memory ran out; None if all of it was there.
     """
 
     total: int
@@ -48,6 +72,7 @@ class BudgetPlan:
     staging: int
     pools: int
     explanation: str
+    shrunk: Shrunk | None = None
 
     @property
     def used(self) -> int:
@@ -100,6 +125,17 @@ def resolve_budget(
     if total == everything:
         return total, f"{text}; every expert fits"
     return total, text + _miss_words(spec, device, profile, threads)
+
+
+def working_room(config: PreTrainedConfig, *, batch: int, length: int, nbytes: int) -> int:
+    """Bytes to leave free beside slots where memory is short: keys, values and a margin.
+
+    Args:
+        batch, length: as for `resolve_budget`.
+        nbytes: bytes of the slots that were asked for.
+    """
+    margin = max(min(_MARGIN, nbytes // 4), nbytes // 20)
+    return kv_bytes(config, batch=batch, length=length) + margin
 
 
 def _miss_words(
@@ -158,7 +194,7 @@ def least_budget(
     Args:
         pinned: as for `plan_budget`.
     """
-    need = _least_slots(spec, pinned)
+    need = least_slots(spec, pinned)
     pools = sum(count * size for count, size in zip(need, _sizes(spec, rows), strict=True))
     if not disk:
         return pools
@@ -176,7 +212,7 @@ def _readers(total: int, threads: int, chunk: int) -> int:
     return max(1, min(threads, total // 8 // bounce_bytes(chunk)))
 
 
-def _least_slots(spec: MoESpec, pinned: Sequence[int]) -> list[int]:
+def least_slots(spec: MoESpec, pinned: Sequence[int]) -> list[int]:
     """Slots of each shape: those of pinned experts, and one token's others of any one layer.
 
     One free slot would be enough to compute with, expert after expert; with fewer than these each
@@ -220,7 +256,7 @@ def plan_budget(
     chunk = _chunk(total, threads, largest, floor)
     readers = _readers(total, threads, chunk)
     staging = readers * bounce_bytes(chunk) if disk else 0
-    least = _least_slots(spec, pinned)
+    least = least_slots(spec, pinned)
     sizes = _sizes(spec, rows)
     whole = [0] * len(sizes)
     for position, layer in enumerate(spec.layers):

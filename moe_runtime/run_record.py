@@ -55,6 +55,13 @@ def run_record(
             "staging_bytes": budget.staging,
             "share": round(sum(budget.slots) / whole, 6),
             "explanation": budget.explanation,
+            "shrunk": None
+            if budget.shrunk is None
+            else {
+                "slots": sum(budget.shrunk.asked),
+                "slot_bytes": budget.shrunk.nbytes,
+                "why": budget.shrunk.why,
+            },
         },
         "machine": machine(device),
         "counters": _counters(cache, profiler),

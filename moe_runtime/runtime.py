@@ -19,7 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moe_runtime import interface
-from moe_runtime.budget import BudgetPlan, plan_budget, resolve_budget
+from moe_runtime.budget import (
+    BudgetPlan,
+    least_slots,
+    plan_budget,
+    resolve_budget,
+    working_room,
+)
 from moe_runtime.cache import ExpertCache
 from moe_runtime.checkpoint import ExpertMap, map_experts
 from moe_runtime.config import RuntimeConfig
@@ -65,6 +71,7 @@ from moe_runtime.report import Report
 from moe_runtime.run_record import run_record
 from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, resolve_shards
 from moe_runtime.saving import ExpertStateDict
+from moe_runtime.slot_memory import allocate_host_tier, allocate_pools, dense_memory
 from moe_runtime.slots import RowBlocks, SlotPool, slot_bytes
 from moe_runtime.steps import begin_step, step_modules
 from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store
@@ -174,12 +181,21 @@ class Runtime:
                 rows=rows,
                 pinned=pinned,
             )
+            pools, self.budget = allocate_pools(
+                self.spec,
+                self.budget,
+                self.device,
+                rows=rows,
+                least=least_slots(self.spec, pinned),
+                room=working_room(
+                    self.model.config,
+                    batch=self.config.max_batch,
+                    length=self.config.max_length,
+                    nbytes=self.budget.pools,
+                ),
+            )
             counts: tuple[int, ...] = self.budget.slots
             groups = [self.spec.group_of(p) for p in range(len(self.spec.layers))]
-            pools = [
-                SlotPool(params, count, self.device.allocate, rows=one)
-                for params, count, one in zip(self.spec.groups, counts, rows, strict=True)
-            ]
         else:
             counts = grid.experts
             groups = list(range(len(self.spec.layers)))
@@ -267,7 +283,7 @@ class Runtime:
         if self.device.is_cpu:
             # Loaded, they are the checkpoint's mapped pages, which count as free.
             return min(self.spec.dense_bytes, mapped_bytes(".safetensors"))
-        return 0 if self.paged else self.spec.dense_bytes
+        return 0  # they are on the device before the slots
 
     def _read_forms(self) -> None:
         model = self.model
@@ -291,7 +307,6 @@ class Runtime:
         plan = plan_budget(
             self.spec, total, "host", threads=self.config.reader_threads, floor=0, disk=False
         )
-        counts = [max(host, fast) for host, fast in zip(plan.slots, self.budget.slots, strict=True)]
 
         def finish(token: Any) -> None:
             if isinstance(token, HostBatch):
@@ -299,7 +314,13 @@ class Runtime:
             else:
                 self.device.finish(token)
 
-        return HostTier(self.spec, counts, self.device.allocate_host, finish)
+        fast = self.budget.slots
+        asked = tuple(max(each) for each in zip(plan.slots, fast, strict=True))
+        tier, change = allocate_host_tier(self.spec, asked, self.device, least=fast, finish=finish)
+        if change:
+            told = f"{self.budget.explanation}; {change}"
+            self.budget = replace(self.budget, explanation=told)
+        return tier
 
     def install(self) -> None:
         """Hook into the model: its experts, and around its forward calls."""
@@ -519,7 +540,8 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
     experts = map_experts(
         model, spec, files, structure.keys, key_mapping=options.get("key_mapping")
     )
-    model.to(place.torch_device)  # type: ignore[arg-type]
+    with dense_memory(spec, place.torch_device):
+        model.to(place.torch_device)  # type: ignore[arg-type]
     runtime = Runtime(
         model,
         spec,
@@ -612,12 +634,17 @@ def attach(  # noqa: PLR0913  as above
         pinning=None if chosen is None else chosen.for_model(spec),
         predictor=open_predictor(predictor, spec),
     )
-    in_place = place.is_cpu and expert_budget == "auto"
-    runtime.open(indexed=indexed, in_place=in_place)
     if place.is_cpu:
+        runtime.open(indexed=indexed, in_place=expert_budget == "auto")
         _LOG.warning("attach frees no memory on a CPU: the model's experts stay in RAM")
     else:
-        move_dense(model, spec, place.torch_device)
+        try:
+            with dense_memory(spec, place.torch_device):
+                move_dense(model, spec, place.torch_device)
+            runtime.open(indexed=indexed)
+        except BaseException:
+            move_dense(model, spec, torch.device("cpu"))
+            raise
     runtime.install()
     _preload(runtime)
     return model

@@ -38,9 +38,11 @@ SURFACE = {
     "generate": {
         *("MODEL", "--prompt", "--prompt-file", "--max-new-tokens", "--temperature", "--seed"),
         *("--chat", "--expert-budget", "--host-budget", "--device", "--policy", "--exact"),
+        *("--host-execution",),
         *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
         *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
-        *("--every", "--predictor", "--compare", "--verify", "--out"),
+        *("--every", "--predictor", "--compare", "--verify", "--out", "--max-batch"),
+        "--max-length",
     },
     "hardware": {"--path", "--expert-shape", "--dtype", "--refresh", "--cache-dir"},
     "inspect": {
@@ -61,7 +63,8 @@ SURFACE = {
         *("MODEL", "--data", "--out", "--split", "--max-new-tokens", "--batch-size"),
         *("--max-tokens", "--limit", "--chat", "--expert-budget", "--host-budget", "--device"),
         *("--policy", "--exact", "--reader-threads", "--dtype", "--revision", "--subfolder"),
-        *("--variant", "--local-files-only"),
+        *("--host-execution",),
+        *("--variant", "--local-files-only", "--max-batch", "--max-length"),
     },
     "trace import": {
         *("FILES...", "--out", "--from", "--model", "--layers", "--first-dense", "--moe-layers"),

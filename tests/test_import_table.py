@@ -61,6 +61,7 @@ slots             | model_spec                             | torch
 filling           | checkpoint                             | torch
 store             | checkpoint model_spec slots filling    | torch numpy
 budget            | memory model_spec slots store hardware.* kv_cache | torch transformers
+slot_memory       | budget device memory model_spec slots store | torch
 selection         |                                        | numpy
 eviction_learned  | selection                              | numpy
 eviction_predicted | eviction_learned selection            | numpy
@@ -149,7 +150,7 @@ cli.*             | version __init__ runtime config budget layout report.* place
                     hardware.*                             \
                     cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* steering.* importers.* trace trace_summary routing_counts \
-                    corpus cli.* \
+                    corpus batches cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |
 """

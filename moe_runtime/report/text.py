@@ -162,9 +162,11 @@ def _budget(run: Run, summary: Summary) -> str:
 
 
 def _why(run: Run) -> str | None:
-    """How an automatic budget was chosen; one that was asked for needs no reason."""
-    text = run.section("budget").get("explanation")
-    return text if isinstance(text, str) and text.startswith("auto: ") else None
+    """How an automatic budget was chosen, or why it is less than what was asked for."""
+    budget = run.section("budget")
+    text = budget.get("explanation")
+    told = isinstance(text, str) and (text.startswith("auto: ") or budget.get("shrunk"))
+    return text if told else None
 
 
 def _memory(summary: Summary) -> str | None:
