@@ -26,7 +26,7 @@ class AskedRoom:
 
     def for_prompts(
         self, lengths: Iterable[int], *, new_tokens: int, at_once: int = 1
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """`max_batch` and `max_length` as `from_pretrained` takes them.
 
         Args:
