@@ -234,6 +234,25 @@ def hook_overhead(steps: int, layout: str) -> dict[str, float]:
     return found
 
 
+@torch.inference_mode()
+def batched(sides: Sequence[Side], ids: Sequence[int], size: int, steps: int) -> dict[str, Any]:
+    """Decode steps of so many sequences, each side's in turn; seconds a step and their ratio."""
+    caches = [DynamicCache(config=side.model.config) for side in sides]
+    taken: list[list[float]] = [[] for _ in sides]
+    for step in range(steps):
+        rows = torch.tensor([[ids[(row * 97 + step) % len(ids)]] for row in range(size)])
+        for side, cache, seconds in zip(sides, caches, taken, strict=True):
+            began = time.perf_counter()
+            side.model(input_ids=rows, past_key_values=cache, use_cache=True)
+            seconds.append(time.perf_counter() - began)
+    plain, ours = (spread(seconds[3:]) for seconds in taken)
+    return {
+        "plain_seconds": plain,
+        "our_seconds": ours,
+        "speedup": plain["median"] / ours["median"],
+    }
+
+
 def verdicts(ours: Side, plain: Side, floor: Floor) -> dict[str, float]:
     """The ratios asked for. Medians of one run; above 1 is slower for `*_over_*`."""
     median = statistics.median
@@ -257,6 +276,7 @@ def main(
     block: Annotated[int, typer.Option(help="tokens decoded in a turn")] = 24,
     prefill: Annotated[int, typer.Option(help="tokens of the prefill")] = 512,
     prefill_rounds: int = 6,
+    batch_steps: int = 20,
     overhead_steps: int = 400,
     threads: int = 2,
     layout: Annotated[str, typer.Option(help="of ours: native or rows")] = "rows",
@@ -291,6 +311,7 @@ def main(
         prefill_rounds,
     )
     ratios = verdicts(ours, plain, floor)
+    batches = {size: batched([plain, ours], ids, size, batch_steps) for size in (1, 2, 4, 8, 16)}
     overhead = hook_overhead(overhead_steps, layout)
     write_json(out, {
         "what": "every expert resident, CPU: experts, step, prefill and hook",
@@ -299,14 +320,24 @@ def main(
                      "moe_runtime": moe_runtime.__version__},
         "settings": {"rounds": rounds, "block": block, "prefill": prefill,
                      "prefill_rounds": prefill_rounds, "threads": threads,
-                     "layout": layout},
+                     "layout": layout, "batch_steps": batch_steps},
         "floor": floor.figures(),
         "moe_runtime": ours.figures(),
         "transformers_grouped_mm": plain.figures(),
         "ratios": ratios,
+        "batches": batches,
         "microseconds_a_layer": overhead,
     })  # fmt: skip
-    print(json.dumps({"ratios": ratios, "microseconds_a_layer": overhead}, indent=1))
+    print(
+        json.dumps(
+            {
+                "ratios": ratios,
+                "microseconds_a_layer": overhead,
+                "batches": {n: round(b["speedup"], 2) for n, b in batches.items()},
+            },
+            indent=1,
+        )
+    )
     print(f"wrote {out}")
 
 
