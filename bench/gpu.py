@@ -38,7 +38,8 @@ import torch
 import transformers
 
 from gpu_dry import stand_in
-from gpu_end_to_end import Plan, end_to_end, end_to_end_table
+from gpu_end_to_end import Plan, end_to_end
+from gpu_figures import end_to_end_table
 from gpu_kernels import DRY, FULL, KERNEL_STAGES, SEED, Bench, Shape, judged, kernel_table
 from gpu_routing import DEFAULT_TRACE
 from moe_runtime.files import write_text
@@ -137,7 +138,12 @@ def main() -> None:
     if options.dry_run:
         torch.set_num_threads(1)
         stand_in()
-        plan = Plan.dry(prepare=stand_in_kernel, traces=options.traces, only=options.rows)
+        plan = Plan.dry(
+            prepare=stand_in_kernel,
+            traces=options.traces,
+            only=options.rows,
+            minutes=options.minutes,
+        )
         options.repeats = 1
     output = options.output or (None if options.dry_run else RESULTS)
 

@@ -60,10 +60,13 @@ def folded(ids: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
     for row in found:
         taken: set[int] = set()
         for place, expert in enumerate(row.tolist()):
-            while expert in taken:
-                expert = (expert + 1) % experts
-            taken.add(expert)
-            row[place] = expert
+            free = next(
+                other
+                for step in range(experts)
+                if (other := (expert + step) % experts) not in taken
+            )
+            taken.add(free)
+            row[place] = free
     return found
 
 

@@ -120,7 +120,7 @@ class Session:
     measured: int
     most_seconds: float
     hardware: str | None = None
-    prepare: Callable[[Any], None] = lambda model: None
+    prepare: Callable[[Any], None] | None = None
     fitted: Any = None
 
     def __post_init__(self) -> None:
@@ -187,7 +187,8 @@ def _attached(row: Row, session: Session, missing: Sequence[str], replays: list[
         model, device="cuda", expert_budget=f"{100 * row.budget:g}%", policy="lru",
         hardware=session.hardware, **options,
     )  # fmt: skip
-    session.prepare(model)
+    if session.prepare is not None:
+        session.prepare(model)
     return model
 
 
@@ -254,8 +255,7 @@ def _counted(model: Any, session: Session, tokens: int) -> dict[str, Any]:
     }
     if record["prediction"]:
         found["prediction"] = {k: v for k, v in record["prediction"].items() if k != "layers"}
-    for name, value in record.items():  # where experts were computed, if the runtime tells
-        if "host" in name or "place" in name:
-            found[name] = value
+    # Where experts were computed, if the runtime tells.
+    found |= {name: value for name, value in record.items() if "host" in name or "place" in name}
     runtime.check_integrity()  # a row with a broken cache is no row
     return found
