@@ -45,6 +45,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     return outcome.stdout, json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_the_dry_run_goes_through_the_kernels(dry: tuple[str, dict[str, Any]]) -> None:
     printed, result = dry
     assert "the figures below mean nothing" in printed
@@ -58,6 +59,7 @@ def test_the_dry_run_goes_through_the_kernels(dry: tuple[str, dict[str, Any]]) -
     assert "target 0.80" in printed
 
 
+@pytest.mark.slow
 def test_the_dry_run_has_every_row_and_every_row_the_same_tokens(
     dry: tuple[str, dict[str, Any]],
 ) -> None:
@@ -79,6 +81,7 @@ def test_the_dry_run_has_every_row_and_every_row_the_same_tokens(
             assert result["end_to_end"]["figures"][row.name]["over_own_floor"] > 0
 
 
+@pytest.mark.slow
 def test_the_budgets_of_the_dry_run_miss_and_the_whole_does_not(
     dry: tuple[str, dict[str, Any]],
 ) -> None:
