@@ -144,6 +144,14 @@ class ExpertCache:
         """Slots of the layer's pool that hold nothing."""
         return len(self._free[self._group_of[position]])
 
+    def would_stay(self, position: int, expert: int) -> bool:
+        """Whether an absent expert, given a slot now, would not be the first to leave it."""
+        group, index = self._group_of[position], self._offsets[position] + expert
+        if self._free[group]:
+            return True
+        candidates = np.append(self._candidates(group), index)
+        return int(choose_victims(self.policy, candidates, 1)[0]) != index
+
     def resident_slots(self, position: int) -> tuple[int, ...]:
         """The slot of each of a layer's experts, -1 where its bytes are not there."""
         first = self._offsets[position]

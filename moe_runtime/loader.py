@@ -295,10 +295,14 @@ class ExpertLoader:
     def bring_behind(self, position: int, expert: int) -> bool:
         """Start to bring in an absent expert for later steps, if nothing else is on its way.
 
+        Not one that the policy would have leave first.
+
         Returns:
             Whether it is on its way now.
         """
         if self._transfers.in_flight or self._landing or self.cache.slot(position, expert) >= 0:
+            return False
+        if not self.cache.would_stay(position, expert):
             return False
         loading = self.cache.load_ahead(position, expert)
         self._note("ahead", position, expert, loading)

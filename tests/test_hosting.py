@@ -215,6 +215,20 @@ def test_what_is_often_computed_on_the_host_becomes_resident(device: LaterDevice
     assert moe_runtime.report(model).counters.hits > 0
 
 
+def test_what_the_policy_would_have_leave_first_is_not_brought_in(device: LaterDevice) -> None:
+    counts = [1 if expert < 4 else 0 for expert in range(16)] * LAYERS
+    model, runtime = attached(
+        "25%", host_execution="always", policy="static", policy_options={"counts": counts}
+    )
+    with torch.no_grad():
+        runtime.executor.preload([[0, 1, 2, 3]] * LAYERS)
+    logits(model)
+    assert runtime.cache.residents().tolist() == [
+        16 * layer + expert for layer in range(LAYERS) for expert in range(4)
+    ]
+    assert moe_runtime.report(model).counters.hosted > 0
+
+
 def test_what_is_on_disk_only_is_fetched(
     tiny_checkpoints: TinyCheckpoints, device: LaterDevice
 ) -> None:
