@@ -233,6 +233,7 @@ class SlotLayers:
                         expert=expert,
                         tokens=tokens[expert],
                         nbytes=sum(tensor.nbytes for tensor in held),
+                        pinned=all(tensor.is_pinned() for tensor in held),
                     )
                 )
         missing = set(misses)
