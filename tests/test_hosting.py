@@ -230,6 +230,41 @@ def test_what_is_often_computed_on_the_host_becomes_resident(device: LaterDevice
     assert moe_runtime.report(model).counters.hits > 0
 
 
+def test_nothing_comes_behind_where_something_was_fetched(
+    device: LaterDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, runtime = attached("25%", host_execution="never")
+    loader = runtime.executor.loader
+    alone: list[bool] = []
+    behind: list[int] = []
+
+    def choose(misses: Sequence[Miss], **named: Any) -> list[int]:
+        chosen = ODD.choose(misses, **named)
+        if chosen:
+            alone.append(len(chosen) == len(misses))
+        return chosen
+
+    bring = loader.bring_behind
+    monkeypatch.setattr(
+        loader, "bring_behind", lambda *where: behind.append(len(alone)) or bring(*where)
+    )
+    runtime.executor.slots.hosting = Asked(device="cuda:0", profile=None, ask=choose)
+    logits(model)
+    assert set(alone) == {True, False}
+    assert behind == [at for at, one in enumerate(alone, 1) if one]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Hosting):
+    """A function decides."""
+
+    ask: Any
+
+    def choose(self, misses: Sequence[Miss], **named: Any) -> list[int]:
+        chosen: list[int] = self.ask(misses, **named)
+        return chosen
+
+
 @dataclass(frozen=True, kw_only=True)
 class Watching(Hosting):
     """All misses go to the host; it notes what it is told of the link."""

@@ -175,7 +175,9 @@ def test_the_specification_and_the_grouped_kernel_agree() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_host_computes_the_same_within_rounding(dtype: torch.dtype, tokens: int) -> None:
     """Where an expert is computed changes its contribution by no more than `TOLERANCES`."""
-    case = slot_case(tokens=tokens, choices=1, slots=1, absent=0.0, hidden=64, width=48, dtype=dtype)
+    case = slot_case(
+        tokens=tokens, choices=1, slots=1, absent=0.0, hidden=64, width=48, dtype=dtype
+    )
     on = case.to(DEVICE)
     found = contributions(on.hidden, on.slots, on.pool, on.form, distinct=1, kernel="triton")
     held = tuple(stack[0] for stack in case.pool)
