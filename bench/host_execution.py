@@ -103,6 +103,7 @@ def worth(factor: float) -> Choice:
     return choose
 
 
+RUNTIME = "choose_place, host 1.25 times as dear, one behind if none was fetched"
 RULES = {
     "fetch all": Rule(choose=none, behind=0),
     "choose_place": Rule(choose=sooner, behind=0),
@@ -111,9 +112,7 @@ RULES = {
     "choose_place, one behind if none was fetched": Rule(choose=sooner, behind=1, idle=True),
     "choose_place, host 1.25 times as dear": Rule(choose=worth(1.25), behind=0),
     "choose_place, host twice as dear": Rule(choose=worth(2.0), behind=0),
-    "choose_place, host 1.25 times as dear, one behind if none was fetched": Rule(
-        choose=worth(1.25), behind=1, idle=True
-    ),
+    RUNTIME: Rule(choose=worth(1.25), behind=1, idle=True),
     "host all, one behind": Rule(choose=every, behind=1),
 }
 
@@ -251,18 +250,18 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=Path("/work/shared/traces"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--layer-steps", type=int, default=20_000, help="of each run, at most")
-    parser.add_argument("--cost-only", action="store_true", help="measure choose_place only")
+    parser.add_argument("--cost-only", action="store_true", help="choose_place only")
     options = parser.parse_args()
     if options.cost_only:
         result = json.loads(options.out.read_text())
     else:
         result = {
-            "what": "modelled: routing is real, seconds follow from the stated times, deciding takes"
-            " none; no GPU was used",
+            "what": "modelled: routing is real, seconds follow from the stated times, deciding "
+            "takes none; no GPU was used",
             "cases": modelled(options.traces, options.layer_steps),
             "layer_steps_of_each_run_at_most": options.layer_steps,
             "policy": "lru",
-            "runtime": "choose_place, one behind if none was fetched",
+            "runtime": RUNTIME,
         }
     result |= {
         "choose_place_microseconds_measured_here": {

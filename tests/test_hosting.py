@@ -73,6 +73,18 @@ def test_the_sooner_place_is_chosen() -> None:
     assert hosting.choose(misses(1, nbytes=shape), link_bytes=0, **common) == []
 
 
+def test_what_is_fetched_stays_which_is_worth_something() -> None:
+    """The link needs 1.2 ms, the host 1 ms: too little the sooner."""
+    hosting = Hosting(device="cuda:0", profile=gpu_profile())
+    shape = gpu_profile().expert.nbytes
+    behind = 18 * MB  # on their way
+    alike = hosting.choose(misses(1, nbytes=shape), residents=[], row_bytes=4096, link_bytes=behind)
+    more = hosting.choose(
+        misses(1, nbytes=shape), residents=[], row_bytes=4096, link_bytes=2 * behind
+    )
+    assert (alike, more) == ([], [0])
+
+
 def test_many_misses_are_shared_out() -> None:
     """A prompt's: those of few rows stay on the host, which grows slow with their number."""
     hosting = Hosting(device="cuda:0", profile=gpu_profile())
