@@ -155,7 +155,11 @@ class ExpertLoader:
     @property
     def busy_bytes(self) -> int:
         """Bytes that are on their way to the device."""
-        return self._transfers.busy_bytes
+        # What the host has handed over and the device does not have yet is no longer in flight.
+        landing = self._landing.values()
+        return self._transfers.busy_bytes + sum(
+            arrival.nbytes for arrival in landing if not self._transfers.done(arrival.token)
+        )
 
     @property
     def follows(self) -> bool:

@@ -68,6 +68,33 @@ def test_the_sooner_place_is_chosen() -> None:
     both = hosting.choose(misses(*[1] * 6, nbytes=shape), link_bytes=0, **common)
     assert 0 < len(both) < 6  # both work
     assert hosting.choose([], link_bytes=0, **common) == []
+    paged = [Miss(expert=3, tokens=1, nbytes=shape, pinned=False)]
+    assert hosting.choose(paged, link_bytes=0, **common) == [3]  # 6 GB/s take 1.6 ms
+    assert hosting.choose(misses(1, nbytes=shape), link_bytes=0, **common) == []
+
+
+def test_what_is_fetched_stays_which_is_worth_something() -> None:
+    """The link needs 1.2 ms, the host 1 ms: too little the sooner."""
+    hosting = Hosting(device="cuda:0", profile=gpu_profile())
+    shape = gpu_profile().expert.nbytes
+    behind = 18 * MB  # on their way
+    alike = hosting.choose(misses(1, nbytes=shape), residents=[], row_bytes=4096, link_bytes=behind)
+    more = hosting.choose(
+        misses(1, nbytes=shape), residents=[], row_bytes=4096, link_bytes=2 * behind
+    )
+    assert (alike, more) == ([], [0])
+
+
+def test_many_misses_are_shared_out() -> None:
+    """A prompt's: those of few rows stay on the host, which grows slow with their number."""
+    hosting = Hosting(device="cuda:0", profile=gpu_profile())
+    given = misses(*[1 + 4 * (number % 5) for number in range(100)], nbytes=9 * MB)
+    chosen = hosting.choose(given, residents=[4] * 28, row_bytes=4096, link_bytes=0)
+    assert 0 < len(chosen) < 100
+    rows = {miss.expert: miss.tokens for miss in given}
+    fetched = set(rows) - set(chosen)
+    assert max(rows[e] for e in chosen) <= min(rows[e] for e in fetched)
+    assert chosen == hosting.choose(given, residents=[4] * 28, row_bytes=4096, link_bytes=0)
 
 
 # -- the thread ------------------------------------------------------------------------------------
@@ -227,6 +254,69 @@ def test_what_the_policy_would_have_leave_first_is_not_brought_in(device: LaterD
         16 * layer + expert for layer in range(LAYERS) for expert in range(4)
     ]
     assert moe_runtime.report(model).counters.hosted > 0
+
+
+def test_nothing_comes_behind_where_something_was_fetched(
+    device: LaterDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, runtime = attached("25%", host_execution="never")
+    loader = runtime.executor.loader
+    alone: list[bool] = []
+    behind: list[int] = []
+
+    def choose(misses: Sequence[Miss], **named: Any) -> list[int]:
+        chosen = ODD.choose(misses, **named)
+        if chosen:
+            alone.append(len(chosen) == len(misses))
+        return chosen
+
+    bring = loader.bring_behind
+    monkeypatch.setattr(
+        loader, "bring_behind", lambda *where: behind.append(len(alone)) or bring(*where)
+    )
+    runtime.executor.slots.hosting = Asked(device="cuda:0", profile=None, ask=choose)
+    logits(model)
+    assert set(alone) == {True, False}
+    assert behind == [at for at, one in enumerate(alone, 1) if one]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Hosting):
+    """A function decides."""
+
+    ask: Any
+
+    def choose(self, misses: Sequence[Miss], **named: Any) -> list[int]:
+        chosen: list[int] = self.ask(misses, **named)
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching(Hosting):
+    """All misses go to the host; it notes what it is told of the link."""
+
+    told: list[int] = field(default_factory=list)
+
+    def choose(self, misses: Sequence[Miss], *, link_bytes: int, **_: Any) -> list[int]:
+        self.told.append(link_bytes)
+        return [miss.expert for miss in misses]
+
+
+def test_copies_that_the_device_has_not_done_count_as_business_of_the_link(
+    device: LaterDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(_: LaterDevice, token: Any) -> bool:
+        token.asked += 1
+        return bool(token.asked > 5)
+
+    monkeypatch.setattr(LaterDevice, "done", slow)
+    model, runtime = attached("25%", host_execution="always")
+    watching = Watching(device="cuda:0", profile=None)
+    runtime.executor.slots.hosting = watching
+    logits(model)
+    each = runtime.spec.layers[0].expert_bytes
+    assert set(watching.told) == {0, each}  # one at a time is brought in behind
+    assert device.faults == []
 
 
 def test_what_is_on_disk_only_is_fetched(
@@ -455,12 +545,6 @@ def test_link_host_and_device_work_at_once(monkeypatch: pytest.MonkeyPatch, long
         with torch.no_grad():
             module(hidden, ids, weights)
         total += max(timeline.now, timeline.stream) - start
-        print(
-            step,
-            max(timeline.now, timeline.stream) - start,
-            dict(timeline.work),
-            timeline.link - start,
-        )
     work = timeline.work
     assert max(work, key=work.__getitem__) == longest
     assert min(work.values()) > 0.02 * work[longest]  # the others had something to do

@@ -20,6 +20,7 @@ from moe_runtime.kernels import (
     combined,
     contributions,
     dispatch,
+    expert_mlp,
     grouped_experts,
     slot_experts,
     slot_mlp,
@@ -168,6 +169,21 @@ def test_the_specification_and_the_grouped_kernel_agree() -> None:
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_host_computes_the_same_within_rounding(dtype: torch.dtype, tokens: int) -> None:
+    """Where an expert is computed changes its contribution by no more than `TOLERANCES`."""
+    case = slot_case(
+        tokens=tokens, choices=1, slots=1, absent=0.0, hidden=64, width=48, dtype=dtype
+    )
+    on = case.to(DEVICE)
+    found = contributions(on.hidden, on.slots, on.pool, on.form, distinct=1, kernel="triton")
+    held = tuple(stack[0] for stack in case.pool)
+    hosted = expert_mlp(case.hidden, held, case.form).float()
+    limit = TOLERANCES[dtype] * max(1.0, float(hosted.abs().max()))
+    assert float((found.sum(0).float().cpu() - hosted).abs().max()) <= limit
 
 
 # -- in the runtime -------------------------------------------------------------------------------
