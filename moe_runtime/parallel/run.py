@@ -199,9 +199,10 @@ class ParallelRun:
         plain = ("mode", "asked", "ranks", "steps", "kv_row_bytes", "seconds", "predicted")
         rows = ("sent", "cache_bytes", "idle_seconds", "slept_seconds")
         check = data["check"]
+        given: dict[str, Any] = {name: data[name] for name in plain}
+        given |= {name: tuple(data[name]) for name in rows}
         return cls(
-            **{name: data[name] for name in plain},
-            **{name: tuple(data[name]) for name in rows},
+            **given,
             outputs=tuple(tuple(int(token) for token in tokens) for tokens in data["outputs"]),
             traffic=tuple(Traffic(**entry) for entry in data["traffic"]),
             stays=tuple(LayerStays(**entry) for entry in data["stays"]),
