@@ -1,0 +1,159 @@
+"""`DecodeSteps`: which recorded rows run in one decode step, and where each begins it.
+
+Knows rows and devices; neither messages nor links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from moe_runtime.placement.plan import BoolArray
+from moe_runtime.placement.topology import Topology
+from numpy.typing import NDArray
+
+from moe_runtime.core import IntArray
+from moe_runtime.errors import PlanError
+from moe_runtime.trace import UNUSED, RoutingTrace
+
+__all__ = [
+    "DecodeSteps",
+    "heaviest",
+    "in_lanes",
+    "nearest_holder",
+    "recorded_steps",
+    "starts_where_ended",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodeSteps:
+    """The rows of a trace as decode steps.
+
+    Args:
+        steps: int64 `[N]`, step of each row, numbered from 0 without gaps; never decreases.
+        lanes: int64 `[N]`, place of each row's sequence in the batch; one row a lane and step.
+
+    Raises:
+        PlanError: no rows, or steps otherwise numbered.
+    """
+
+    steps: IntArray
+    lanes: IntArray
+
+    def __post_init__(self) -> None:
+        if not len(self.steps):
+            raise PlanError("no decode steps: the recording has no tokens for one")
+        if self.steps[0] != 0 or not set(np.unique(np.diff(self.steps))) <= {0, 1}:
+            raise PlanError("steps must be numbered from 0 without gaps and never decrease")
+
+    @property
+    def count(self) -> int:
+        """Number of steps."""
+        return int(self.steps[-1]) + 1
+
+    @property
+    def rows(self) -> float:
+        """Rows a step, the mean."""
+        return len(self.steps) / self.count
+
+    def homes(self, devices: int) -> IntArray:
+        """int64 `[N]`: the device on which each row lives; lanes are dealt out in turn."""
+        return self.lanes % devices
+
+
+def in_lanes(trace: RoutingTrace, rows: int) -> tuple[RoutingTrace, DecodeSteps]:
+    """A batch of `rows` sequences out of any recording: its rows in lanes of neighbouring tokens.
+
+    Lane i gets the i-th of `rows` equal parts of the recording; step s runs the s-th row of each.
+    So rows of a step are of different texts, and a lane's next row is mostly its text's next token.
+
+    Returns:
+        (the trace's rows in the order of the steps; their steps). Rows that fill no step are left
+        out.
+
+    Raises:
+        PlanError: the recording has fewer tokens than `rows`.
+    """
+    count = len(trace) // rows if rows > 0 else 0
+    if not count:
+        raise PlanError(
+            f"the recording has {len(trace)} tokens, a step should have {rows}; give a smaller "
+            "batch, or record more"
+        )
+    order = (np.arange(rows) * count)[None] + np.arange(count)[:, None]
+    picked = {name: column[order.ravel()] for name, column in trace.columns().items()}
+    picked["step_ids"] = np.repeat(np.arange(count, dtype=np.int32), rows)
+    mixed = RoutingTrace(**picked, **trace.description())
+    lanes = np.tile(np.arange(rows, dtype=np.int64), count)
+    return mixed, DecodeSteps(steps=picked["step_ids"].astype(np.int64), lanes=lanes)
+
+
+def recorded_steps(trace: RoutingTrace) -> DecodeSteps:
+    """The trace's own forward calls; a sequence's lane is its rank among the sequence ids."""
+    _, steps = np.unique(trace.step_ids, return_inverse=True)
+    _, lanes = np.unique(trace.sequence_ids, return_inverse=True)
+    return DecodeSteps(steps=steps.astype(np.int64), lanes=lanes.astype(np.int64))
+
+
+def nearest_holder(held: BoolArray, topology: Topology) -> IntArray:
+    """int64 `[G, E]`: the device that serves each expert to rows of each device.
+
+    Its own if it holds the expert, else the cheapest to reach; of equals the first.
+    """
+    costs = np.where(np.eye(topology.devices, dtype=bool), -1.0, topology.costs)
+    reach = np.where(held.T[None], costs[:, :, None], np.inf)
+    nearest: IntArray = reach.argmin(1)
+    return nearest
+
+
+def heaviest(weights: NDArray[np.float16], chosen: BoolArray, device: IntArray) -> IntArray:
+    """int64 `[N]`: slot of each row's heaviest expert; of equals the one whose device has most of
+    the row's experts, then the first.
+
+    Args:
+        weights: float16 `[N, K]`, the router's.
+        chosen: bool `[N, K]`, whether the slot names an expert.
+        device: int64 `[N, K]`, the device of each.
+    """
+    weight = np.where(chosen, weights.astype(np.float64), -1.0)
+    together = ((device[:, :, None] == device[:, None, :]) & chosen[:, None, :]).sum(2)
+    best = weight == weight.max(1, keepdims=True)
+    slot: IntArray = np.where(best, together, -1).argmax(1)
+    return slot
+
+
+def starts_where_ended(
+    placement: Sequence[BoolArray], topology: Topology, trace: RoutingTrace, steps: DecodeSteps
+) -> IntArray:
+    """int64 `[N]`: the device on which each coherent row begins its step: where its sequence ended
+    the step before; its home in its first step.
+    """
+    serving = [nearest_holder(held, topology) for held in placement]
+    homes = steps.homes(topology.devices)
+    place = np.full(int(steps.lanes.max()) + 1, -1, dtype=np.int64)
+    starts = homes.copy()
+    bounds = np.searchsorted(steps.steps, np.arange(steps.count + 1))
+    for first, last in pairwise(bounds.tolist()):
+        lanes = steps.lanes[first:last]
+        before = place[lanes]
+        at = starts[first:last] = np.where(before < 0, homes[first:last], before)
+        for position, nearest in enumerate(serving):
+            at = moved(nearest, trace, slice(first, last), position, at)
+        place[lanes] = at
+    return starts
+
+
+def moved(
+    nearest: IntArray, trace: RoutingTrace, rows: slice, position: int, place: IntArray
+) -> IntArray:
+    """int64 `[n]`: the device of each row's heaviest expert; where it is if it chose none."""
+    ids = trace.topk_ids[rows, position].astype(np.int64)
+    chosen = ids != UNUSED
+    device = nearest[place[:, None], np.where(chosen, ids, 0)]
+    slot = heaviest(trace.topk_weights[rows, position], chosen, device)
+    there = device[np.arange(len(place)), slot]
+    target: IntArray = np.where(chosen.any(1), there, place)
+    return target

@@ -1,0 +1,88 @@
+"""`MessageSizes`: bytes of each kind of message that an expert-parallel decode step sends.
+
+Knows widths of a model; neither placements, nor routing, nor links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moe_runtime.errors import PlanError
+
+__all__ = ["COHERENT", "MODES", "VANILLA", "MessageSizes"]
+
+VANILLA, COHERENT = "vanilla", "coherent"
+MODES = (VANILLA, COHERENT)
+_CHOICE = 12  # bytes of an expert's number and the router's weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessageSizes:
+    """Bytes of the messages of one model.
+
+    Args:
+        dispatch: of one row to one device that has experts of it (vanilla, and in coherent mode
+            the experts that are not on the row's new device).
+        combine: of one row's sum over a device's experts, on its way back (vanilla).
+        move: of one row that changes its device (coherent).
+        partial: of one row's sum over another device's experts (coherent, top-k above 1).
+        keys_values: of one row's new key and value in one layer.
+        token: of one row's new token at a step's end.
+        frame: to each other device in each collective, beside its rows.
+        layers: decoder layers of the model, those without experts too.
+        top_k: most experts a token; 1 needs no partial sums and one exchange a layer less.
+    """
+
+    dispatch: int
+    combine: int
+    move: int
+    partial: int
+    keys_values: int
+    layers: int
+    top_k: int
+    token: int = 8
+    frame: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 0:
+                raise PlanError(f"message sizes: {name} must be 0 or more bytes, found {value}")
+        if not self.layers or not self.top_k:
+            raise PlanError("message sizes: a model has one layer and one expert a token at least")
+
+    @classmethod
+    def of(
+        cls, *, hidden: int, keys_values: int, layers: int, top_k: int, itemsize: int = 2
+    ) -> MessageSizes:
+        """Of a model's widths.
+
+        Args:
+            hidden: numbers of a hidden state.
+            keys_values: numbers of one token's key and value in one layer.
+            itemsize: bytes of a number.
+        """
+        state = hidden * itemsize
+        choices = top_k * _CHOICE
+        return cls(
+            dispatch=state + choices,
+            combine=state,
+            move=2 * state + choices,
+            partial=state,
+            keys_values=keys_values * itemsize,
+            layers=layers,
+            top_k=top_k,
+        )
+
+    def attended_at(self, layer_ids: Sequence[int], position: int) -> int:
+        """Decoder layers that a row runs where it is after the MoE layer at `position` and before
+        it moves again: up to the next MoE layer itself, or to the model's end. -1: the start.
+        """
+        first = layer_ids[position] + 1 if position >= 0 else 0
+        last = layer_ids[position + 1] if position + 1 < len(layer_ids) else self.layers - 1
+        return last - first + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
