@@ -6,7 +6,7 @@ Knows rows and devices; neither messages nor links.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +20,7 @@ from moe_runtime.trace import UNUSED, RoutingTrace
 
 __all__ = [
     "DecodeSteps",
+    "first_choices",
     "heaviest",
     "in_lanes",
     "nearest_holder",
@@ -64,11 +65,16 @@ class DecodeSteps:
         return self.lanes % devices
 
 
-def in_lanes(trace: RoutingTrace, rows: int) -> tuple[RoutingTrace, DecodeSteps]:
+def in_lanes(
+    trace: RoutingTrace, rows: int, *, most: int | None = None
+) -> tuple[RoutingTrace, DecodeSteps]:
     """A batch of `rows` sequences out of any recording: its rows in lanes of neighbouring tokens.
 
     Lane i gets the i-th of `rows` equal parts of the recording; step s runs the s-th row of each.
     So rows of a step are of different texts, and a lane's next row is mostly its text's next token.
+
+    Args:
+        most: steps at most; each lane is cut short.
 
     Returns:
         (the trace's rows in the order of the steps; their steps). Rows that fill no step are left
@@ -83,7 +89,8 @@ def in_lanes(trace: RoutingTrace, rows: int) -> tuple[RoutingTrace, DecodeSteps]
             f"the recording has {len(trace)} tokens, a step should have {rows}; give a smaller "
             "batch, or record more"
         )
-    order = (np.arange(rows) * count)[None] + np.arange(count)[:, None]
+    order = (np.arange(rows) * count)[None] + np.arange(min(count, most or count))[:, None]
+    count = len(order)
     picked = {name: column[order.ravel()] for name, column in trace.columns().items()}
     picked["step_ids"] = np.repeat(np.arange(count, dtype=np.int32), rows)
     mixed = RoutingTrace(**picked, **trace.description())
@@ -157,3 +164,15 @@ def moved(
     there = device[np.arange(len(place)), slot]
     target: IntArray = np.where(chosen.any(1), there, place)
     return target
+
+
+def first_choices(trace: RoutingTrace) -> RoutingTrace:
+    """The trace with each row's heaviest expert alone: what decides where a coherent row goes."""
+    weights = np.where(trace.topk_ids == UNUSED, -1.0, trace.topk_weights.astype(np.float64))
+    slot = weights.argmax(2)[:, :, None]
+    return replace(
+        trace,
+        topk_ids=np.take_along_axis(trace.topk_ids, slot, 2),
+        topk_weights=np.take_along_axis(trace.topk_weights, slot, 2),
+        top_k=(1,) * len(trace.layer_ids),
+    )

@@ -47,6 +47,10 @@ class Compute:
             if not (np.isfinite(value) and value >= 0):
                 raise PlanError(f"compute seconds: {name} must be 0 or more, found {value}")
 
+    def to_dict(self) -> dict[str, float]:
+        """Plain data."""
+        return asdict(self)
+
     def seconds(self, traffic: StepTraffic) -> FloatArray:
         """Float64 `[S]`."""
         rows = self.row * traffic.held + self.use * traffic.uses
