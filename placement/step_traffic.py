@@ -38,6 +38,7 @@ class StepTraffic:
         held: float64 `[S, L]`, rows on the device with most of them, at each layer's begin.
         uses: float64 `[S, L]`, (row, expert) pairs on the device with most of them.
         stays: share of rows that find their heaviest expert where they are; 0 to 1.
+        matrices: float64 `[S, C, G, G]`, bytes from each device to each, if they were kept.
     """
 
     mode: str
@@ -48,6 +49,7 @@ class StepTraffic:
     held: FloatArray
     uses: FloatArray
     stays: float
+    matrices: FloatArray | None = None
 
     @property
     def steps(self) -> int:
@@ -73,6 +75,8 @@ def replay(
     sizes: MessageSizes,
     mode: str,
     starts: IntArray | None = None,
+    *,
+    keep: bool = False,
 ) -> StepTraffic:
     """Send every row of a trace the way the engine would, step by step, and count the bytes.
 
@@ -85,6 +89,7 @@ def replay(
         steps: of the trace's rows.
         mode: `"vanilla"` or `"coherent"`.
         starts: int64 `[N]`, where coherent rows begin the step; their homes if not given.
+        keep: keep the matrices too; C x G x G numbers a step.
 
     Raises:
         PlanError: another number of layers, experts, devices or rows; an unknown mode.
@@ -105,6 +110,7 @@ def replay(
             layers=len(placement),
             topology=topology,
             sizes=sizes,
+            matrices=[] if keep else None,
         )
         parts.append(_walked(walk, serving, trace[rows], start[rows], mode))
     return _joined(parts, len(trace) / steps.count)
@@ -122,6 +128,7 @@ class _Walk:
     kinds: dict[str, FloatArray] = field(default_factory=dict)
     collectives: list[str] = field(default_factory=list)
     loads: list[FloatArray] = field(default_factory=list)
+    matrices: list[FloatArray] | None = None
 
     def tally(self, rows: IntArray, device: IntArray) -> FloatArray:
         """float64 `[S, G]`: how many of these are on each device."""
@@ -149,7 +156,10 @@ class _Walk:
             sent = self.kinds.setdefault(kind, np.zeros((self.count, width)))
             sent[:, position or 0] += matrix.sum((1, 2))
         self.collectives.append(name)
-        self.loads.append(loads_by_level(sum(parts.values(), np.zeros(())), self.topology))
+        whole = sum(parts.values(), np.zeros(()))
+        self.loads.append(loads_by_level(whole, self.topology))
+        if self.matrices is not None:
+            self.matrices.append(whole)
 
     def everywhere(self, amount: FloatArray) -> FloatArray:
         """float64 `[S, G, G]`: each device sends its amount `[S, G]` to every other device."""
@@ -202,6 +212,7 @@ def _walked(
         held=np.stack(held, axis=1),
         uses=np.stack(uses, axis=1),
         stays=stays / (len(serving) * len(trace)),
+        matrices=None if walk.matrices is None else np.stack(walk.matrices, axis=1),
     )
 
 
@@ -247,7 +258,12 @@ def _joined(parts: Sequence[StepTraffic], rows: float) -> StepTraffic:
         held=np.concatenate([part.held for part in parts]),
         uses=np.concatenate([part.uses for part in parts]),
         stays=float(counts @ [part.stays for part in parts] / counts.sum()),
+        matrices=_stacked([part.matrices for part in parts if part.matrices is not None]),
     )
+
+
+def _stacked(kept: Sequence[FloatArray]) -> FloatArray | None:
+    return np.concatenate(kept) if kept else None
 
 
 def _check(

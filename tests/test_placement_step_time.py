@@ -157,10 +157,16 @@ def test_a_chunked_replay_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> N
     trace, steps = in_lanes(planted_trace(tokens=60), 6)
     placement = random_placement(trace.experts, 4, 1)
     asked = (placement, Topology.of(4), trace, steps, sizes_for(trace))
-    whole = replay(*asked, COHERENT)
+    whole = replay(*asked, COHERENT, keep=True)
     monkeypatch.setattr("moe_runtime.placement.step_traffic._CHUNK_CELLS", 16 * 3)
-    parts = replay(*asked, COHERENT)
+    parts = replay(*asked, COHERENT, keep=True)
     assert parts.totals() == whole.totals()
+    assert whole.matrices is not None
+    assert parts.matrices is not None
+    np.testing.assert_array_equal(parts.matrices, whole.matrices)
+    np.testing.assert_array_equal(loads_by_level(whole.matrices, Topology.of(4)), whole.loads)
+    sent = sum(kind.sum() for kind in whole.kinds.values())
+    assert whole.matrices.sum() == pytest.approx(float(sent))
     np.testing.assert_array_equal(parts.loads, whole.loads)
     np.testing.assert_array_equal(parts.uses, whole.uses)
     assert parts.stays == pytest.approx(whole.stays)
