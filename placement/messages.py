@@ -15,7 +15,8 @@ __all__ = ["COHERENT", "MODES", "VANILLA", "MessageSizes"]
 
 VANILLA, COHERENT = "vanilla", "coherent"
 MODES = (VANILLA, COHERENT)
-_CHOICE = 12  # bytes of an expert's number and the router's weight
+_NUMBERS = ((1, 1 << 8), (2, 1 << 15), (4, 1 << 31))  # bytes, numbers that they hold
+_ROW = 8  # bytes of a row's number in the batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +55,34 @@ class MessageSizes:
 
     @classmethod
     def of(
-        cls, *, hidden: int, keys_values: int, layers: int, top_k: int, itemsize: int = 2
+        cls,
+        *,
+        hidden: int,
+        keys_values: int,
+        layers: int,
+        top_k: int,
+        itemsize: int = 2,
+        experts: int = 256,
     ) -> MessageSizes:
-        """Of a model's widths.
+        """Of a model's widths, as the engine of `moe_runtime.parallel` packs them.
+
+        A dispatched row is its experts' input with its choices and their weights; a moving one
+        takes what it adds to along (the residual stream), and its number.
 
         Args:
             hidden: numbers of a hidden state.
             keys_values: numbers of one token's key and value in one layer.
-            itemsize: bytes of a number.
+            layers: decoder layers.
+            itemsize: bytes of a number, the router's weights included.
+            experts: most experts of a layer, for the width of their numbers.
         """
         state = hidden * itemsize
-        choices = top_k * _CHOICE
+        number = next(width for width, most in _NUMBERS if experts <= most)
+        dispatch = state + top_k * (number + itemsize)
         return cls(
-            dispatch=state + choices,
+            dispatch=dispatch,
             combine=state,
-            move=2 * state + choices,
+            move=dispatch + state + _ROW,
             partial=state,
             keys_values=keys_values * itemsize,
             layers=layers,

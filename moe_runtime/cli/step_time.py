@@ -113,6 +113,7 @@ def serving_of(options: ServingOptions, topology: Topology, recording: Recording
             layers=widths.layers,
             itemsize=widths.itemsize,
             top_k=top_k,
+            experts=max(recording.experts),
         ),
         links=links,
         compute=Compute(step=options.compute_ms * 1e-3),
