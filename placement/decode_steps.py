@@ -14,16 +14,16 @@ from moe_runtime.placement.plan import BoolArray
 from moe_runtime.placement.topology import Topology
 from numpy.typing import NDArray
 
-from moe_runtime.core import IntArray
+from moe_runtime.core import FloatArray, IntArray
 from moe_runtime.errors import PlanError
 from moe_runtime.trace import UNUSED, RoutingTrace
 
 __all__ = [
     "DecodeSteps",
+    "Holders",
+    "choices",
     "first_choices",
-    "heaviest",
     "in_lanes",
-    "nearest_holder",
     "recorded_steps",
     "starts_where_ended",
 ]
@@ -105,31 +105,69 @@ def recorded_steps(trace: RoutingTrace) -> DecodeSteps:
     return DecodeSteps(steps=steps.astype(np.int64), lanes=lanes.astype(np.int64))
 
 
-def nearest_holder(held: BoolArray, topology: Topology) -> IntArray:
-    """int64 `[G, E]`: the device that serves each expert to rows of each device.
-
-    Its own if it holds the expert, else the cheapest to reach; of equals the first.
-    """
-    costs = np.where(np.eye(topology.devices, dtype=bool), -1.0, topology.costs)
-    reach = np.where(held.T[None], costs[:, :, None], np.inf)
-    nearest: IntArray = reach.argmin(1)
-    return nearest
-
-
-def heaviest(weights: NDArray[np.float16], chosen: BoolArray, device: IntArray) -> IntArray:
-    """int64 `[N]`: slot of each row's heaviest expert; of equals the one whose device has most of
-    the row's experts, then the first.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Holders:
+    """Who serves rows in one layer: the rules of the engine, `moe_runtime.parallel`.
 
     Args:
-        weights: float16 `[N, K]`, the router's.
-        chosen: bool `[N, K]`, whether the slot names an expert.
-        device: int64 `[N, K]`, the device of each.
+        held: bool `[E, G]`, whether the device holds the expert.
+        nearest: int64 `[G, E]`, the device that serves each expert to rows of each device: their
+            own if it holds it, else the cheapest to reach (replicas equally near by turns).
+        costs: float64 `[G, G]`, of the topology.
     """
-    weight = np.where(chosen, weights.astype(np.float64), -1.0)
-    together = ((device[:, :, None] == device[:, None, :]) & chosen[:, None, :]).sum(2)
-    best = weight == weight.max(1, keepdims=True)
-    slot: IntArray = np.where(best, together, -1).argmax(1)
-    return slot
+
+    held: BoolArray
+    nearest: IntArray
+    costs: FloatArray
+
+    @classmethod
+    def of(cls, held: BoolArray, topology: Topology) -> Holders:
+        """Of a layer's placement."""
+        experts, devices = held.shape
+        costs = np.where(np.eye(devices, dtype=bool), -1.0, topology.costs)
+        reach = np.where(held[None], costs[:, None, :], np.inf)
+        turn = (np.arange(devices)[:, None, None] + np.arange(experts)[None, :, None]) % devices
+        order = (np.arange(devices) - turn) % devices
+        best = reach == reach.min(2, keepdims=True)
+        nearest = np.where(best, order, devices).argmin(2)
+        return cls(held=held, nearest=nearest, costs=topology.costs)
+
+    def targets(
+        self, place: IntArray, ids: IntArray, weights: NDArray[np.float16], chosen: BoolArray
+    ) -> IntArray:
+        """int64 `[N]`: where coherent rows go to live, a device that holds their heaviest expert.
+
+        Of several (replicas, or equally heavy experts) the one that holds most of the row's
+        experts, then the row's present device, then the nearest, then the first; rows that chose
+        nothing stay.
+
+        Args:
+            place: int64 `[N]`, the device that each row is on.
+            ids: int64 `[N, K]`, experts; any number where nothing was chosen.
+            weights: float16 `[N, K]`, the router's.
+            chosen: bool `[N, K]`, whether the slot names an expert.
+        """
+        weight = np.where(chosen, weights.astype(np.float64), -np.inf)
+        heaviest = chosen & (weight == weight.max(1, keepdims=True))
+        holding = self.held[ids] & chosen[:, :, None]
+        candidate = (holding & heaviest[:, :, None]).any(1)
+        own = place[:, None] == np.arange(self.held.shape[1])
+        near = 1.0 - self.costs[place] / (1.0 + self.costs.max())
+        score = 4.0 * holding.sum(1) + 2.0 * own + near
+        best = np.where(candidate, score, -1.0).argmax(1)
+        target: IntArray = np.where(candidate.any(1), best, place)
+        return target
+
+    def computing(self, place: IntArray, ids: IntArray, target: IntArray | None = None) -> IntArray:
+        """int64 `[N, K]`: the device that computes each choice: the row's target if it holds the
+        expert, else the nearest to where the row is.
+        """
+        nearest = self.nearest[place[:, None], ids]
+        if target is None:
+            return nearest
+        there = self.held[ids, target[:, None]]
+        computed: IntArray = np.where(there, target[:, None], nearest)
+        return computed
 
 
 def starts_where_ended(
@@ -138,7 +176,7 @@ def starts_where_ended(
     """int64 `[N]`: the device on which each coherent row begins its step: where its sequence ended
     the step before; its home in its first step.
     """
-    serving = [nearest_holder(held, topology) for held in placement]
+    serving = [Holders.of(held, topology) for held in placement]
     homes = steps.homes(topology.devices)
     place = np.full(int(steps.lanes.max()) + 1, -1, dtype=np.int64)
     starts = homes.copy()
@@ -147,23 +185,19 @@ def starts_where_ended(
         lanes = steps.lanes[first:last]
         before = place[lanes]
         at = starts[first:last] = np.where(before < 0, homes[first:last], before)
-        for position, nearest in enumerate(serving):
-            at = moved(nearest, trace, slice(first, last), position, at)
+        for position, holders in enumerate(serving):
+            ids, chosen = choices(trace, slice(first, last), position)
+            weights = trace.topk_weights[first:last, position]
+            at = holders.targets(at, ids, weights, chosen)
         place[lanes] = at
     return starts
 
 
-def moved(
-    nearest: IntArray, trace: RoutingTrace, rows: slice, position: int, place: IntArray
-) -> IntArray:
-    """int64 `[n]`: the device of each row's heaviest expert; where it is if it chose none."""
+def choices(trace: RoutingTrace, rows: slice, position: int) -> tuple[IntArray, BoolArray]:
+    """(int64 `[N, K]` experts, 0 where nothing was chosen; bool `[N, K]`, whether it was)."""
     ids = trace.topk_ids[rows, position].astype(np.int64)
     chosen = ids != UNUSED
-    device = nearest[place[:, None], np.where(chosen, ids, 0)]
-    slot = heaviest(trace.topk_weights[rows, position], chosen, device)
-    there = device[np.arange(len(place)), slot]
-    target: IntArray = np.where(chosen.any(1), there, place)
-    return target
+    return np.where(chosen, ids, 0), chosen
 
 
 def first_choices(trace: RoutingTrace) -> RoutingTrace:

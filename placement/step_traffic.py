@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from moe_runtime.placement.decode_steps import DecodeSteps, heaviest, nearest_holder
+from moe_runtime.placement.decode_steps import DecodeSteps, Holders, choices
 from moe_runtime.placement.links import loads_by_level
 from moe_runtime.placement.messages import COHERENT, MODES, VANILLA, MessageSizes
 from moe_runtime.placement.plan import BoolArray
@@ -17,7 +17,7 @@ from moe_runtime.placement.topology import Topology
 
 from moe_runtime.core import FloatArray, IntArray
 from moe_runtime.errors import PlanError
-from moe_runtime.trace import UNUSED, RoutingTrace
+from moe_runtime.trace import RoutingTrace
 
 __all__ = ["StepTraffic", "replay"]
 
@@ -95,7 +95,7 @@ def replay(
         PlanError: another number of layers, experts, devices or rows; an unknown mode.
     """
     _check(placement, topology, trace, steps, mode)
-    serving = [nearest_holder(held, topology) for held in placement]
+    serving = [Holders.of(held, topology) for held in placement]
     bounds = np.searchsorted(steps.steps, np.arange(steps.count + 1))
     at_once = max(1, _CHUNK_CELLS // topology.devices**2)
     homes = steps.homes(topology.devices)
@@ -173,21 +173,19 @@ class _Walk:
 
 
 def _walked(
-    walk: _Walk, serving: Sequence[IntArray], trace: RoutingTrace, start: IntArray, mode: str
+    walk: _Walk, serving: Sequence[Holders], trace: RoutingTrace, start: IntArray, mode: str
 ) -> StepTraffic:
     """Some steps through all layers; `start [N]` is where each row begins."""
     place, everyone = start, np.arange(len(start))
     held, uses, stays = [], [], 0.0
     kept = walk.tally(everyone, place) * walk.sizes.attended_at(trace.layer_ids, -1)
-    for position, nearest in enumerate(serving):
-        ids = trace.topk_ids[:, position].astype(np.int64)
-        chosen = ids != UNUSED
-        device = nearest[place[:, None], np.where(chosen, ids, 0)]
+    for position, holders in enumerate(serving):
+        ids, chosen = choices(trace, slice(None), position)
+        target = holders.targets(place, ids, trace.topk_weights[:, position], chosen)
+        device = holders.computing(place, ids, None if mode == VANILLA else target)
         rows, slots = np.nonzero(chosen)
         need = np.zeros((len(place), walk.topology.devices), dtype=bool)
         need[rows, device[rows, slots]] = True
-        heavy = heaviest(trace.topk_weights[:, position], chosen, device)
-        target = np.where(chosen.any(1), device[everyone, heavy], place)
         held.append(walk.tally(everyone, place).max(1))
         uses.append(walk.tally(rows, device[rows, slots]).max(1))
         stays += float((target == place).sum())

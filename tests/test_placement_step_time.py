@@ -15,9 +15,8 @@ from moe_runtime.placement.baselines import contiguous, random_placement
 from moe_runtime.placement.cost import crossing_of, measure
 from moe_runtime.placement.decode_steps import (
     DecodeSteps,
-    heaviest,
+    Holders,
     in_lanes,
-    nearest_holder,
     recorded_steps,
     starts_where_ended,
 )
@@ -65,6 +64,35 @@ def random_replicas(rng: np.random.Generator, layers: int, devices: int) -> list
     return [held | (rng.random(held.shape) < 0.15) for held in placement]
 
 
+def _nearest(held: BoolArray, topology: Topology, expert: int, here: int) -> int:
+    """The row's own device, else the cheapest to reach, replicas by turns."""
+    hosts = np.flatnonzero(held[expert]).tolist()
+    turn = (here + expert) % topology.devices
+    return int(
+        min(
+            hosts,
+            key=lambda d: (d != here, topology.cost[here][d], (d - turn) % topology.devices),
+        )
+    )
+
+
+def _target(held: BoolArray, topology: Topology, chosen: list[tuple[float, int]], here: int) -> int:
+    """A host of a heaviest expert: with most of the row's experts, then itself, then nearest."""
+    heaviest = max(weight for weight, _ in chosen)
+    hosts = {
+        host
+        for weight, expert in chosen
+        if weight == heaviest
+        for host in np.flatnonzero(held[expert]).tolist()
+    }
+
+    def rank(host: int) -> tuple[int, bool, float, int]:
+        together = sum(bool(held[expert, host]) for _, expert in chosen)
+        return -together, host != here, topology.cost[here][host], host
+
+    return int(min(hosts, key=rank))
+
+
 def counted(
     placement: list[BoolArray],
     topology: Topology,
@@ -94,22 +122,25 @@ def counted(
                 continue
             at = moe[layer]
             held = placement[at]
-            chosen = []
-            for slot, expert in enumerate(trace.topk_ids[row, at].tolist()):
-                if expert != UNUSED:
-                    hosts = np.flatnonzero(held[expert]).tolist()
-                    best = min(hosts, key=lambda d: (d != here, topology.cost[here][d], d))
-                    chosen.append((float(trace.topk_weights[row, at, slot]), slot, best))
-            needed = {device for _, _, device in chosen}
+            chosen = [
+                (float(trace.topk_weights[row, at, slot]), expert)
+                for slot, expert in enumerate(trace.topk_ids[row, at].tolist())
+                if expert != UNUSED
+            ]
+            if not chosen:
+                continue
+            target = here if mode == VANILLA else _target(held, topology, chosen, here)
+            needed = set()
+            for _, expert in chosen:
+                if mode == COHERENT and held[expert, target]:
+                    needed.add(target)
+                else:
+                    needed.add(_nearest(held, topology, expert, here))
             if mode == VANILLA:
                 for device in needed:
                     put("dispatch", step, at, here, device, sizes.dispatch)
                     put("combine", step, at, device, here, sizes.combine)
                 continue
-            if not chosen:
-                continue
-            shared = Counter(device for _, _, device in chosen)
-            target = max(chosen, key=lambda c: (c[0], shared[c[2]], -c[1]))[2]
             put("move", step, at, here, target, sizes.move)
             for device in needed - {target}:
                 put("dispatch", step, at, here, device, sizes.dispatch)
@@ -366,17 +397,12 @@ def test_measured_topologies_say_their_bandwidth() -> None:
         Links.of_topology(Topology.of(4), hidden_bytes=8192)
 
 
-def test_equal_weights_go_where_most_experts_are() -> None:
-    weights = np.array([[1, 1, 1], [1, 2, 1], [1, 1, 0]], dtype=np.float16)
-    chosen = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0]], dtype=bool)
-    device = np.array([[0, 1, 1], [0, 1, 0], [0, 1, 1]])
-    assert heaviest(weights, chosen, device).tolist() == [1, 1, 0]
-
-
 def test_the_nearest_holder_is_the_device_itself_if_it_can() -> None:
     held = np.array([[1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=bool)
-    nearest = nearest_holder(held, Topology.of(4, 2))
+    nearest = Holders.of(held, Topology.of(4, 2)).nearest
     assert nearest.tolist() == [[0, 1, 3], [0, 1, 3], [3, 2, 3], [3, 2, 3]]
+    # Equally near replicas take turns: 0 and 3 for rows of 1 and 2.
+    assert Holders.of(held, Topology.of(4)).nearest[:, 0].tolist() == [0, 3, 3, 3]
 
 
 def test_a_sequence_begins_where_it_ended() -> None:
