@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import transformers
 from moe_runtime.placement.baselines import contiguous
-from moe_runtime.placement.decode_steps import first_choices, in_lanes, starts_where_ended
+from moe_runtime.placement.decode_steps import first_choices, in_lanes, starts_of
 from moe_runtime.placement.links import Link, Links, loads_by_level
 from moe_runtime.placement.messages import MODES, MessageSizes
 from moe_runtime.placement.plan import BoolArray
@@ -155,7 +155,7 @@ def measured(
         traffic = {}
         for mode in MODES:
             held = plans["contiguous" if plan == "contiguous" else mode]
-            starts = starts_where_ended(held, topology, lanes, steps)
+            starts = starts_of(held, topology, lanes, steps)
             sent = replay(held, topology, lanes, steps, serving.sizes, mode, starts, keep=True)
             assert sent.matrices is not None
             assert (loads_by_level(sent.matrices, topology) == sent.loads).all()
@@ -189,7 +189,7 @@ def measured(
             "speedup_measured": round(median(ratios), 3),
             "speedup_measured_range": [round(min(ratios), 3), round(max(ratios), 3)],
             "speedup_predicted": round(predicted[BASELINE].seconds / mine.seconds, 3),
-            "collectives": mine.collectives,
+            "collectives": round(mine.collectives, 2),
             "cross_bytes": round(mine.cross_bytes),
             "bytes_by_kind": {kind: round(sent) for kind, sent in mine.bytes_by_kind.items()},
             "stays": round(mine.stays, 4),
@@ -238,7 +238,12 @@ def main() -> None:
                 trace = first_choices(recorded) if k == 1 else recorded
                 train, test = split_holdout(trace, 0.3, SEED)
                 sizes = MessageSizes.of(
-                    hidden=hidden, keys_values=kv, layers=len(trace.layer_ids), top_k=k
+                    hidden=hidden,
+                    keys_values=kv,
+                    layers=len(trace.layer_ids),
+                    top_k=k,
+                    experts=max(trace.experts),
+                    rows=rows or ranks,
                 )
                 links = Links(near=Link(bandwidth=rate / 8, latency=latency))
                 serving = Serving(rows=rows or ranks, sizes=sizes, links=links)

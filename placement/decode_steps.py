@@ -25,7 +25,7 @@ __all__ = [
     "first_choices",
     "in_lanes",
     "recorded_steps",
-    "starts_where_ended",
+    "starts_of",
 ]
 
 
@@ -61,8 +61,9 @@ class DecodeSteps:
         return len(self.steps) / self.count
 
     def homes(self, devices: int) -> IntArray:
-        """int64 `[N]`: the device on which each row lives; lanes are dealt out in turn."""
-        return self.lanes % devices
+        """int64 `[N]`: the device on which each row lives: lanes in equal blocks."""
+        homes: IntArray = self.lanes * devices // (int(self.lanes.max()) + 1)
+        return homes
 
 
 def in_lanes(
@@ -170,26 +171,42 @@ class Holders:
         return computed
 
 
-def starts_where_ended(
-    placement: Sequence[BoolArray], topology: Topology, trace: RoutingTrace, steps: DecodeSteps
+def starts_of(
+    placement: Sequence[BoolArray],
+    topology: Topology,
+    trace: RoutingTrace,
+    steps: DecodeSteps,
+    *,
+    by_token: bool = True,
 ) -> IntArray:
-    """int64 `[N]`: the device on which each coherent row begins its step: where its sequence ended
-    the step before; its home in its first step.
+    """int64 `[N]`: the device on which each coherent row begins its step.
+
+    Where its sequence ended the step before; its home in its first step.
+
+    Args:
+        by_token: rather where the last row of the same token went in the first MoE layer, if an
+            earlier step had one.
     """
     serving = [Holders.of(held, topology) for held in placement]
-    homes = steps.homes(topology.devices)
-    place = np.full(int(steps.lanes.max()) + 1, -1, dtype=np.int64)
-    starts = homes.copy()
+    starts = steps.homes(topology.devices)
+    ended = np.full(int(steps.lanes.max()) + 1, -1, dtype=np.int64)
+    # One place more than tokens: a token that is unknown (-1) looks there, and finds nothing.
+    first = np.full(int(trace.token_ids.max()) + 2, -1, dtype=np.int64)
     bounds = np.searchsorted(steps.steps, np.arange(steps.count + 1))
-    for first, last in pairwise(bounds.tolist()):
-        lanes = steps.lanes[first:last]
-        before = place[lanes]
-        at = starts[first:last] = np.where(before < 0, homes[first:last], before)
+    for low, high in pairwise(bounds.tolist()):
+        lanes, tokens = steps.lanes[low:high], trace.token_ids[low:high]
+        at = np.where(ended[lanes] < 0, starts[low:high], ended[lanes])
+        if by_token:
+            at = np.where(first[tokens] < 0, at, first[tokens])
+        starts[low:high] = at
         for position, holders in enumerate(serving):
-            ids, chosen = choices(trace, slice(first, last), position)
-            weights = trace.topk_weights[first:last, position]
+            ids, chosen = choices(trace, slice(low, high), position)
+            weights = trace.topk_weights[low:high, position]
             at = holders.targets(at, ids, weights, chosen)
-        place[lanes] = at
+            if position == 0:
+                known = tokens >= 0
+                first[tokens[known]] = at[known]
+        ended[lanes] = at
     return starts
 
 

@@ -100,8 +100,8 @@ class Links:
             return 0.0
         return self.rounds * self.levels[topology.node_count > 1].latency
 
-    def seconds(self, loads: FloatArray, topology: Topology) -> FloatArray:
-        """Seconds of collectives over all devices.
+    def transfer_seconds(self, loads: FloatArray) -> FloatArray:
+        """Seconds that the bytes of collectives take, latencies left out.
 
         Args:
             loads: float64 `[..., 2]`, bytes over the most loaded link of each level, as
@@ -111,7 +111,7 @@ class Links:
             float64 `[...]`.
         """
         per_byte = np.array([1.0 / link.bandwidth for link in self.levels])
-        taken: FloatArray = (loads * per_byte).max(-1) + self.latency(topology)
+        taken: FloatArray = (loads * per_byte).max(-1)
         return taken
 
     @classmethod

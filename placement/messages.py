@@ -16,7 +16,6 @@ __all__ = ["COHERENT", "MODES", "VANILLA", "MessageSizes"]
 VANILLA, COHERENT = "vanilla", "coherent"
 MODES = (VANILLA, COHERENT)
 _NUMBERS = ((1, 1 << 8), (2, 1 << 15), (4, 1 << 31))  # bytes, numbers that they hold
-_ROW = 8  # bytes of a row's number in the batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +23,21 @@ class MessageSizes:
     """Bytes of the messages of one model.
 
     Args:
-        dispatch: of one row to one device that has experts of it (vanilla, and in coherent mode
-            the experts that are not on the row's new device).
+        dispatch: of one row to one device that has experts of it (vanilla).
         combine: of one row's sum over a device's experts, on its way back (vanilla).
-        move: of one row that changes its device (coherent).
-        partial: of one row's sum over another device's experts (coherent, top-k above 1).
+        move: of one row to its new device, and to each other that has experts of it (coherent).
+        partial_sums: of one row's sum over another device's experts (coherent, top-k above 1).
         keys_values: of one row's new key and value in one layer.
-        token: of one row's new token at a step's end.
+        token: of one row's new token at a step's end, with its number.
         frame: to each other device in each collective, beside its rows.
         layers: decoder layers of the model, those without experts too.
-        top_k: most experts a token; 1 needs no partial sums and one exchange a layer less.
+        top_k: most experts a token; 1 needs no partial sums.
     """
 
     dispatch: int
     combine: int
     move: int
-    partial: int
+    partial_sums: int
     keys_values: int
     layers: int
     top_k: int
@@ -63,27 +61,33 @@ class MessageSizes:
         top_k: int,
         itemsize: int = 2,
         experts: int = 256,
+        rows: int = 256,
+        residual: bool = True,
     ) -> MessageSizes:
         """Of a model's widths, as the engine of `moe_runtime.parallel` packs them.
 
-        A dispatched row is its experts' input with its choices and their weights; a moving one
-        takes what it adds to along (the residual stream), and its number.
+        A dispatched row is its experts' input with its choices and their weights. A moving one is
+        the residual stream with its number, choices and weights: where it arrives, the norm before
+        the experts is computed once more.
 
         Args:
             hidden: numbers of a hidden state.
             keys_values: numbers of one token's key and value in one layer.
             layers: decoder layers.
             itemsize: bytes of a number, the router's weights included.
-            experts: most experts of a layer, for the width of their numbers.
+            experts, rows: of a layer, and of a step, for the width of their numbers.
+            residual: whether that norm is found in the model; else the experts' input moves too.
         """
         state = hidden * itemsize
-        number = next(width for width, most in _NUMBERS if experts <= most)
+        number, row = (
+            next(width for width, most in _NUMBERS if count <= most) for count in (experts, rows)
+        )
         dispatch = state + top_k * (number + itemsize)
         return cls(
             dispatch=dispatch,
             combine=state,
-            move=dispatch + state + _ROW,
-            partial=state,
+            move=dispatch + row + (0 if residual else state),
+            partial_sums=state + row,
             keys_values=keys_values * itemsize,
             layers=layers,
             top_k=top_k,

@@ -76,7 +76,7 @@ class ModeTime:
 
     mode: str
     rows: float
-    collectives: int
+    collectives: float
     bytes_by_kind: Mapping[str, float]
     slowest_bytes: float
     stays: float
@@ -150,7 +150,8 @@ def step_seconds(
 ) -> FloatArray:
     """Float64 `[S]`: seconds of every step."""
     computed = (compute or Compute()).seconds(traffic)
-    taken: FloatArray = links.seconds(traffic.loads, topology).sum(1) + computed
+    latencies = links.latency(topology) * traffic.present.sum(1)
+    taken: FloatArray = links.transfer_seconds(traffic.loads).sum(1) + latencies + computed
     return taken
 
 
@@ -159,13 +160,14 @@ def step_time(
 ) -> ModeTime:
     """Of the traffic of one mode."""
     every = step_seconds(traffic, links, topology, compute)
-    latency = links.latency(topology) * len(traffic.collectives)
+    collectives = float(traffic.present.sum(1).mean()) if topology.devices > 1 else 0.0
+    latency = links.latency(topology) * collectives
     computed = float((compute or Compute()).seconds(traffic).mean())
     mean = float(every.mean())
     return ModeTime(
         mode=traffic.mode,
         rows=traffic.rows,
-        collectives=len(traffic.collectives) if topology.devices > 1 else 0,
+        collectives=collectives,
         bytes_by_kind=traffic.bytes_by_kind(),
         slowest_bytes=float(traffic.loads.sum((1, 2)).mean()),
         stays=traffic.stays,

@@ -33,8 +33,10 @@ class StepTraffic:
         rows: rows (sequences) a step, the mean.
         collectives: name of each collective of a step, `[C]`, in order.
         kinds: bytes to other devices by kind, float64 `[S, L]` for what each MoE layer sends,
-            `[S, 1]` for what a step sends at its end.
+            `[S, 1]` for what a step sends at its end (`tokens`, `keys_values`, `end_frames`).
         loads: float64 `[S, C, 2]`, bytes over the most loaded link inside a node and between nodes.
+        present: bool `[S, C]`, whether the collective takes place: partial sums that no row of a
+            layer needs are left out.
         held: float64 `[S, L]`, rows on the device with most of them, at each layer's begin.
         uses: float64 `[S, L]`, (row, expert) pairs on the device with most of them.
         stays: share of rows that find their heaviest expert where they are; 0 to 1.
@@ -46,6 +48,7 @@ class StepTraffic:
     collectives: tuple[str, ...]
     kinds: Mapping[str, FloatArray]
     loads: FloatArray
+    present: BoolArray
     held: FloatArray
     uses: FloatArray
     stays: float
@@ -128,6 +131,7 @@ class _Walk:
     kinds: dict[str, FloatArray] = field(default_factory=dict)
     collectives: list[str] = field(default_factory=list)
     loads: list[FloatArray] = field(default_factory=list)
+    present: list[BoolArray] = field(default_factory=list)
     matrices: list[FloatArray] | None = None
 
     def tally(self, rows: IntArray, device: IntArray) -> FloatArray:
@@ -145,17 +149,28 @@ class _Walk:
         counts = np.bincount(cells[away], minlength=self.count * devices**2)
         return counts.reshape(self.count, devices, devices).astype(np.float64)
 
-    def send(self, name: str, parts: Mapping[str, FloatArray], position: int | None) -> None:
+    def send(
+        self,
+        name: str,
+        parts: Mapping[str, FloatArray],
+        position: int | None,
+        present: BoolArray | None = None,
+    ) -> None:
         """Record a collective of a MoE layer, or of the step's end (None).
 
         Args:
             parts: bytes by kind, float64 `[S, G, G]`, zero on the diagonal.
+            present: bool `[S]`, in which steps it takes place; in all if not given.
         """
+        present = np.ones(self.count, dtype=np.bool_) if present is None else present
+        frames = self.frames() * present[:, None, None]
+        parts = {**parts, "frames": frames} if position is not None else dict(parts)
         for kind, matrix in parts.items():
             width = 1 if position is None else self.layers
             sent = self.kinds.setdefault(kind, np.zeros((self.count, width)))
             sent[:, position or 0] += matrix.sum((1, 2))
         self.collectives.append(name)
+        self.present.append(present)
         whole = sum(parts.values(), np.zeros(()))
         self.loads.append(loads_by_level(whole, self.topology))
         if self.matrices is not None:
@@ -195,18 +210,17 @@ def _walked(
             _coherent_layer(walk, position, place, target, need)
             place = target
         kept += walk.tally(everyone, place) * walk.sizes.attended_at(trace.layer_ids, position)
+    parts = {"tokens": walk.everywhere(walk.tally(everyone, place) * walk.sizes.token)}
     if mode == COHERENT:
-        parts = {
-            "keys_values": walk.everywhere(kept * walk.sizes.keys_values),
-            "tokens": walk.everywhere(walk.tally(everyone, place) * walk.sizes.token),
-        }
-        walk.send("step end", parts, None)
+        parts["keys_values"] = walk.everywhere(kept * walk.sizes.keys_values)
+    walk.send("step end", {**parts, "end_frames": walk.frames()}, None)
     return StepTraffic(
         mode=mode,
         rows=len(trace) / walk.count,
         collectives=tuple(walk.collectives),
         kinds=walk.kinds,
         loads=np.stack(walk.loads, axis=1),
+        present=np.stack(walk.present, axis=1),
         held=np.stack(held, axis=1),
         uses=np.stack(uses, axis=1),
         stays=stays / (len(serving) * len(trace)),
@@ -218,29 +232,28 @@ def _vanilla_layer(walk: _Walk, position: int, home: IntArray, need: BoolArray) 
     """Rows to the devices of their experts, one message each, and the sums back."""
     rows, devices = np.nonzero(need)
     there = walk.messages(rows, home[rows], devices)
-    out = {"dispatch": there * walk.sizes.dispatch, "frames": walk.frames()}
-    back = {"combine": there.swapaxes(1, 2) * walk.sizes.combine, "frames": walk.frames()}
-    walk.send("dispatch", out, position)
-    walk.send("combine", back, position)
+    walk.send("dispatch", {"dispatch": there * walk.sizes.dispatch}, position)
+    walk.send("combine", {"combine": there.swapaxes(1, 2) * walk.sizes.combine}, position)
 
 
 def _coherent_layer(
     walk: _Walk, position: int, place: IntArray, target: IntArray, need: BoolArray
 ) -> None:
-    """Rows to their heaviest experts' devices; for top-k above 1 the others' sums after them."""
-    everyone = np.arange(len(place))
-    moves = walk.messages(everyone, place, target) * walk.sizes.move
-    parts = {"move": moves, "frames": walk.frames()}
-    if walk.sizes.top_k == 1:
-        walk.send("move", parts, position)
-        return
+    """Rows to their heaviest experts' devices, and to the others that compute for them, whose sums
+    follow in a second collective where there are any.
+    """
     rest = need.copy()
-    rest[everyone, target] = False
-    rows, devices = np.nonzero(rest)
-    parts["dispatch"] = walk.messages(rows, place[rows], devices) * walk.sizes.dispatch
-    walk.send("move", parts, position)
-    sums = walk.messages(rows, devices, target[rows]) * walk.sizes.partial
-    walk.send("partial", {"partial": sums, "frames": walk.frames()}, position)
+    rest[np.arange(len(place)), target] = False
+    need = need.copy()
+    need[np.arange(len(place)), target] = True
+    rows, devices = np.nonzero(need)
+    moves = walk.messages(rows, place[rows], devices) * walk.sizes.move
+    walk.send("move", {"move": moves}, position)
+    if walk.sizes.top_k > 1:
+        rows, devices = np.nonzero(rest)
+        sums = walk.messages(rows, devices, target[rows]) * walk.sizes.partial_sums
+        present = np.bincount(walk.steps[rows], minlength=walk.count) > 0
+        walk.send("partial sums", {"partial_sums": sums}, position, present)
 
 
 def _joined(parts: Sequence[StepTraffic], rows: float) -> StepTraffic:
@@ -253,6 +266,7 @@ def _joined(parts: Sequence[StepTraffic], rows: float) -> StepTraffic:
         rows=rows,
         kinds={k: np.concatenate([part.kinds[k] for part in parts]) for k in parts[0].kinds},
         loads=np.concatenate([part.loads for part in parts]),
+        present=np.concatenate([part.present for part in parts]),
         held=np.concatenate([part.held for part in parts]),
         uses=np.concatenate([part.uses for part in parts]),
         stays=float(counts @ [part.stays for part in parts] / counts.sum()),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from moe_runtime.placement.baselines import contiguous
-from moe_runtime.placement.decode_steps import first_choices, in_lanes, starts_where_ended
+from moe_runtime.placement.decode_steps import first_choices, in_lanes, starts_of
 from moe_runtime.placement.drawn_routing import drawn_trace
 from moe_runtime.placement.links import Links
 from moe_runtime.placement.messages import COHERENT, MODES, MessageSizes
@@ -83,7 +83,7 @@ def predict_modes(
         tokens = serving.rows * _DRAWN_STEPS
         recording = drawn_trace(recording, tokens, top_k=serving.sizes.top_k, seed=seed)
     trace, steps = in_lanes(recording, serving.rows, most=_MOST_STEPS)
-    starts = starts_where_ended(placement, topology, trace, steps)
+    starts = starts_of(placement, topology, trace, steps)
     vanilla, coherent = (
         replay(placement, topology, trace, steps, serving.sizes, mode, starts) for mode in MODES
     )
@@ -180,7 +180,7 @@ def _tries(
     if not wide:
         return [("crossing", Objective(), train), balanced]
     # Bytes of the partial sums beside those of the moves, both as shares of what they could be.
-    weight = (max(train.top_k) - 1) * (sizes.dispatch + sizes.partial) / max(1, sizes.move)
+    weight = (max(train.top_k) - 1) * (sizes.move + sizes.partial_sums) / max(1, sizes.move)
     both = Objective(crossing=1.0, distinct=round(weight, 3))
     return [
         (str(both), both, train),

@@ -114,6 +114,7 @@ def serving_of(options: ServingOptions, topology: Topology, recording: Recording
             itemsize=widths.itemsize,
             top_k=top_k,
             experts=max(recording.experts),
+            rows=options.batch,
         ),
         links=links,
         compute=Compute(step=options.compute_ms * 1e-3),

@@ -51,9 +51,9 @@ def mode_line(mode: Mapping[str, Any]) -> str:
         for kind in kinds
         if (amount := value_of(kinds, kind))
     )
-    sent = value_of(mode, "cross_bytes")
+    sent, calls = value_of(mode, "cross_bytes"), value_of(mode, "collectives")
     return (
-        f"{_milliseconds(mode)} a step: {count(value_of(mode, 'collectives'))} collectives, "
+        f"{_milliseconds(mode)} a step: {NONE if calls is None else f'{calls:.3g}'} collectives, "
         f"{NONE if sent is None else size(round(sent))} between devices"
         + f" ({parts})"
         * bool(parts)
