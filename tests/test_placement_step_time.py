@@ -416,6 +416,20 @@ def test_a_sequence_begins_where_it_ended() -> None:
         assert starts[row] == (ends[before[0]] if len(before) else lane)
 
 
+def test_a_sequence_begins_where_its_token_went_before() -> None:
+    source = planted_trace(tokens=60, top_k=1)
+    source = replace(source, token_ids=(np.arange(60) % 7 - 1).astype(np.int32))  # -1: unknown
+    trace, steps = in_lanes(source, 4)
+    placement = random_placement(trace.experts, 4, 0)
+    starts = starts_of(placement, Topology.of(4), trace, steps)
+    plain = starts_of(placement, Topology.of(4), trace, steps, by_token=False)
+    first = placement[0].argmax(1)[trace.topk_ids[:, 0, 0]]
+    for row, (step, token) in enumerate(zip(steps.steps, trace.token_ids, strict=True)):
+        same = np.flatnonzero((steps.steps < step) & (trace.token_ids == token) & (token >= 0))
+        assert starts[row] == (first[same[-1]] if len(same) else plain[row])
+    assert (starts != plain).any()
+
+
 def test_lanes_hold_neighbouring_tokens() -> None:
     source = planted_trace(tokens=23)
     trace, steps = in_lanes(source, 4)
