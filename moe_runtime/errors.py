@@ -10,6 +10,7 @@ Knows nothing of what raises it.
      ├─ CheckpointError                     the checkpoint's files are damaged or incomplete
      │   └─ ExpertReadError (OSError)       one expert could not be read
      ├─ TraceError (ValueError)             a routing trace is damaged or does not fit
+     ├─ ParallelError (RuntimeError)        ranks lost each other, disagree, or cannot go on
      ├─ PlanError (ValueError)              a placement plan is damaged, infeasible or does not fit
      └─ PredictorError (ValueError)         a predictor is damaged or does not fit
 """
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "ExpertReadError",
     "MoERuntimeError",
+    "ParallelError",
     "PlanError",
     "PredictorError",
     "TraceError",
@@ -60,6 +62,10 @@ class ExpertReadError(CheckpointError, OSError):
 
 class TraceError(MoERuntimeError, ValueError):
     """A routing trace is damaged, of another version, or does not fit what it is used for."""
+
+
+class ParallelError(MoERuntimeError, RuntimeError):
+    """Ranks that run a model together lost each other, disagree, or cannot go on; says which."""
 
 
 class PlanError(MoERuntimeError, ValueError):

@@ -47,6 +47,12 @@ class TokenChoice:
         # rand gives 0 now and then, whose noise would be -inf.
         return scores / self._temperature - torch.log(-torch.log(uniform.clamp_min(1e-300)))
 
+    def skip(self, steps: int, vocabulary: int) -> None:
+        """Use up the noise of steps whose token was chosen elsewhere, for `vocabulary` logits."""
+        if self._noise is not None:
+            for _ in range(steps):
+                torch.rand(vocabulary, generator=self._noise, dtype=torch.float64)
+
     @property
     def scale(self) -> float:
         """How much a difference of logits is worth in scores."""

@@ -137,6 +137,9 @@ batch_counts      | runtime scheduler batch_run            | numpy
 batch_loop        | runtime scheduler predictors.base prompt_state sequence_caches path_forecast \
                     batch_run batch_counts                 | torch numpy transformers
 batch_check       | batch_run prompt_state token_choice    | torch transformers
+parallel.*        | version model_spec expert_tensors loading kv_cache trace run_record \
+                    placement.* token_choice batch_run prompt_state sequence_caches parallel.* \
+                                                           | torch numpy transformers
 batches           | runtime scheduler predictors.* token_choice prompt_state path_forecast \
                     batch_run batch_loop batch_check       | transformers
 __init__          | ABOVE                                  |

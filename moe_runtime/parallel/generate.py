@@ -1,0 +1,132 @@
+"""`generate`: tokens for many prompts with a plan's experts spread over ranks; called on each.
+
+Checks what it is given and loads; an engine runs it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moe_runtime.errors import ConfigError, ParallelError
+from moe_runtime.model_spec import read_spec
+from moe_runtime.parallel.engine import Engine
+from moe_runtime.parallel.group_link import GroupLink
+from moe_runtime.parallel.held import held_experts, refuse_modules
+from moe_runtime.parallel.link import Link
+from moe_runtime.parallel.options import ParallelOptions
+from moe_runtime.parallel.run import ParallelRun
+from moe_runtime.parallel.shares import contiguous_plan, shares_of
+from moe_runtime.placement.plan import Plan
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: PreTrainedModel | str | os.PathLike[str],
+    prompts: Sequence[Sequence[int]],
+    *,
+    plan: Plan | None = None,
+    mode: str = "coherent",
+    options: ParallelOptions | None = None,
+    link: Link | None = None,
+    keep: Callable[[int, int, torch.Tensor], None] | None = None,
+    **settings: Any,
+) -> ParallelRun:
+    """Generate for many prompts on several ranks, each of which calls this with the same arguments.
+
+    In coherent mode a row moves to the rank of its heaviest expert and goes on there: each rank has
+    the keys and values of all sequences (ExFlow, 2401.08383, section IV; for more than one expert a
+    token, partial sums follow the row). In vanilla mode rows stay home and two all-to-alls a layer
+    send them out and back. Tokens are those of one process up to rounding: float32 logits agree to
+    about 1e-6 of the largest, so a token can differ only where the top two are that close.
+
+    Args:
+        model: a decoder-only model in memory, or its path. Of one in memory each rank copies the
+            experts that the plan gives it; it is left as it was.
+        prompts: token ids of each prompt, one or more.
+        plan: for this model and number of ranks; None for blocks of neighbouring experts.
+        mode: `"coherent"` or `"vanilla"`.
+        options: everything else; `settings` are its fields one by one, in its place.
+        link: None for one over torch.distributed's default process group.
+        keep: told, on the rank where a row ended, of prompt number, step and logits `[V]`.
+
+    Returns:
+        Tokens and counts, the same on every rank.
+
+    Raises:
+        ConfigError: an option out of range, prompts without a token or with unknown ids.
+        PlanError: a plan for another model or number of ranks.
+        UnsupportedModelError: experts that are modules of their own; with check `"stop"` a model
+            that coherence does not fit.
+        ParallelError: a rank failed or was late, or ranks were given different things.
+    """
+    if options is None:
+        options = ParallelOptions(mode=mode, **settings)
+    elif settings:
+        raise ConfigError(f"give options or {', '.join(settings)}, not both")
+    if link is None:
+        link = GroupLink()
+    if not isinstance(model, PreTrainedModel):
+        loaded = AutoModelForCausalLM.from_pretrained(model)
+        assert isinstance(loaded, PreTrainedModel)
+        model = loaded.eval()
+    given = _checked(model, prompts)
+    spec = read_spec(model)
+    refuse_modules(spec)
+    plan = plan if plan is not None else contiguous_plan(spec.grid, link.size)
+    shares = shares_of(plan, spec, link.size)
+    held = held_experts(model, spec, shares.owned(link.rank))
+    _same(link, given, options, plan)
+    stop_tokens = _stop_tokens(model, options.stop_tokens)
+    engine = Engine(model, spec, plan, shares, held, link, options, stop_tokens)
+    return engine.run(given, keep)
+
+
+def _same(link: Link, prompts: list[list[int]], options: ParallelOptions, plan: Plan) -> None:
+    """ParallelError unless every rank was given the same."""
+    mine = {
+        "prompts": prompts,
+        "options": [str(one) for one in vars(options).items()],
+        "plan": [[list(hosts) for hosts in layer.hosts] for layer in plan.layers],
+    }
+    for rank, other in enumerate(link.agree("arguments", mine)):
+        for name, value in mine.items():
+            if other[name] != value:
+                raise ParallelError(
+                    f"rank {rank} was given other {name} than rank {link.rank}; all ranks need the "
+                    "same arguments"
+                )
+
+
+def _checked(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    if not len(prompts):
+        raise ConfigError("no prompts: give one at least")
+    size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    found = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not len(prompt):
+            raise ConfigError(
+                f"prompt {number} is {prompt!r:.40}; a prompt is a list of one or more token ids"
+            )
+        wrong = next((token for token in prompt if not 0 <= int(token) < size), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"prompt {number} has the token id {wrong}; the model's vocabulary has ids 0 to "
+                f"{size - 1}: use its own tokenizer"
+            )
+        found.append([int(token) for token in prompt])
+    return found
+
+
+def _stop_tokens(model: PreTrainedModel, given: Collection[int] | None) -> frozenset[int]:
+    if given is not None:
+        return frozenset(given)
+    known: Any = getattr(model.generation_config, "eos_token_id", None)
+    if known is None:
+        return frozenset()
+    return frozenset([known] if isinstance(known, int) else [int(token) for token in known])

@@ -1,0 +1,337 @@
+"""`Link`: rows of tensors from each rank to each other, packed, counted and timed.
+
+Knows ranks and bytes. Knows no models, experts or plans; how buffers travel is its subclasses'.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_runtime.errors import ConfigError, ParallelError
+from moe_runtime.parallel.traffic import Ledger, Traffic
+
+__all__ = ["Arrival", "Link", "Parcel"]
+
+_MOST_NOTES = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parcel:
+    """What one rank sends to one other in one call: uint8 `[bytes]`, and a note of 0 to 255."""
+
+    payload: torch.Tensor
+    note: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arrival:
+    """What arrived in one exchange.
+
+    Args:
+        rows: each tensor that was sent `[n, ...]`, by source rank, then in the order sent.
+        source: int64 `[n]`, the rank that each row came from.
+        notes: the note of each rank, this one's included.
+    """
+
+    rows: list[torch.Tensor]
+    source: torch.Tensor
+    notes: tuple[int, ...]
+
+
+class Link(ABC):
+    """The connection of one rank with all others. Every rank makes the same calls, in one order.
+
+    A call in which one rank fails or is late ends with an error on the others, at the latest after
+    `timeout`; the link is of no use then.
+
+    Args:
+        rank: this one's number, `0..size-1`.
+        size: number of ranks.
+        device: where rows are received.
+        latency: seconds slept in each round of each call, to stand for a slower link in
+            experiments; counted as `slept_seconds`.
+        timeout: seconds to wait for the others in one call.
+
+    Attributes:
+        ledger: what went over this link so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        size: int,
+        device: torch.device,
+        latency: float = 0.0,
+        timeout: float = 120.0,
+    ) -> None:
+        if not 0 <= rank < size:
+            raise ConfigError(f"rank {rank} is none of {size} ranks; ranks are 0 to {size - 1}")
+        if not 0.0 <= latency < timeout:
+            raise ConfigError(
+                f"latency is seconds, 0 or more and below the timeout of {timeout}; found {latency}"
+            )
+        self.rank, self.size, self.device = rank, size, device
+        self.latency, self.timeout = latency, timeout
+        self.ledger = Ledger()
+
+    # -- what subclasses do ----------------------------------------------------------------------
+
+    @abstractmethod
+    def _swap(self, what: str, parcels: list[Parcel]) -> tuple[list[Parcel], int]:
+        """Give each rank its parcel, by rank, this one's included; mutates nothing.
+
+        Returns:
+            The parcels from each rank, by rank, and the rounds that it took.
+
+        Raises:
+            ParallelError: a rank failed or was late; the text names `what`.
+        """
+
+    @property
+    @abstractmethod
+    def frame_bytes(self) -> int:
+        """Bytes that go to each other rank in one call beside the payload."""
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    def exchange(
+        self, kind: str, layer: int | None, rows: Sequence[torch.Tensor], to: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Send each row to a rank: one all-to-all.
+
+        Args:
+            kind, layer: what it is counted under.
+            rows: tensors `[n, ...]` of any dtypes; row i of all of them goes together. Trailing
+                shapes and dtypes are the same on all ranks.
+            to: int64 `[n]`, the rank that each row goes to; this one is allowed.
+
+        Returns:
+            The rows that arrived, by source rank, then in the order sent, and their source ranks.
+        """
+        arrival = self.exchange_noted(kind, layer, rows, to)
+        return arrival.rows, arrival.source
+
+    def exchange_noted(
+        self,
+        kind: str,
+        layer: int | None,
+        rows: Sequence[torch.Tensor],
+        to: torch.Tensor,
+        note: int = 0,
+    ) -> Arrival:
+        """`exchange`, with a small number that every rank gets to know of every other.
+
+        It rides in the frame that is sent in any case, so that it costs nothing.
+        """
+        assert 0 <= note < _MOST_NOTES, "a note is a byte"
+        to = to.to(self.device)
+        order = torch.argsort(to, stable=True)
+        counts = torch.bincount(to, minlength=self.size).tolist()
+        assert len(counts) == self.size, "rows go to ranks that exist"
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        parcels = [
+            Parcel(payload=_packed(rows, order[end - count : end]), note=note)
+            for count, end in zip(counts, ends, strict=True)
+        ]
+        return self._call(kind, layer, rows, parcels, counts)
+
+    def gather(
+        self, kind: str, layer: int | None, rows: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Hand rows to all: one all-gather, of numbers of rows that may differ between ranks.
+
+        Args:
+            rows: tensors `[n, ...]`, as in `exchange`.
+
+        Returns:
+            The rows of all ranks, in the order of ranks; the same on each of them.
+        """
+        count = len(rows[0])
+        payload = _packed(rows, torch.arange(count, device=self.device))
+        parcels = [Parcel(payload=payload)] * self.size
+        return self._call(kind, layer, rows, parcels, [count] * self.size).rows
+
+    def gather_groups(
+        self, kinds: Sequence[str], groups: Sequence[Sequence[torch.Tensor]]
+    ) -> list[Arrival]:
+        """Several `gather`s in one all-gather.
+
+        Args:
+            kinds: what the rows of each group are counted under; the call under the first.
+            groups: of each group its tensors `[n, ...]`; groups differ in `n`.
+
+        Returns:
+            Of each group the rows of all ranks, in the order of ranks, and where they came from.
+        """
+        counts = torch.tensor([len(rows[0]) for rows in groups])
+        every = [torch.arange(int(count), device=self.device) for count in counts]
+        parts = [_packed(rows, chosen) for rows, chosen in zip(groups, every, strict=True)]
+        ahead = counts.view(torch.uint8).to(self.device)
+        payload = torch.cat([ahead, *parts])
+        arrived, rounds = self._timed(kinds[0], [Parcel(payload=payload)] * self.size)
+        others = self.size - 1
+        for at, (kind, part) in enumerate(zip(kinds, parts, strict=True)):
+            count = int(counts[at])
+            self.ledger.add(
+                Traffic(
+                    kind=kind,
+                    calls=int(at == 0),
+                    rounds=rounds * (at == 0),
+                    rows=count * others,
+                    bytes=len(part) * others,
+                    frame_bytes=(self.frame_bytes + len(ahead)) * others * (at == 0),
+                    kept_rows=count,
+                    kept_bytes=len(part),
+                )
+            )
+        return self._ungrouped(groups, [one.payload for one in arrived])
+
+    def _ungrouped(
+        self, groups: Sequence[Sequence[torch.Tensor]], payloads: list[torch.Tensor]
+    ) -> list[Arrival]:
+        width = 8 * len(groups)
+        numbers = [one[:width].to("cpu").clone().view(torch.int64).tolist() for one in payloads]
+        starts = [width] * self.size
+        found = []
+        for at, rows in enumerate(groups):
+            sizes = [_row_bytes(rows) * counts[at] for counts in numbers]
+            parts = [p[s : s + n] for p, s, n in zip(payloads, starts, sizes, strict=True)]
+            starts = [s + n for s, n in zip(starts, sizes, strict=True)]
+            here = [counts[at] for counts in numbers]
+            source = torch.repeat_interleave(torch.arange(self.size), torch.tensor(here))
+            found.append(
+                Arrival(rows=_unpacked(rows, parts, here), source=source.to(self.device), notes=())
+            )
+        return found
+
+    def agree(self, what: str, value: Any) -> list[Any]:
+        """Every rank's value, by rank. For setting up: values are sent as JSON.
+
+        Raises:
+            ParallelError: `value` is no plain data.
+        """
+        try:
+            text = json.dumps(value, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            raise ParallelError(f"{what}: only plain data can be sent to ranks ({error})") from None
+        payload = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
+        arrived = self._round(f"agree:{what}", None, [Parcel(payload=payload)] * self.size, None)
+        return [json.loads(bytes(one.payload.to("cpu").numpy())) for one in arrived]
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _call(
+        self,
+        kind: str,
+        layer: int | None,
+        rows: Sequence[torch.Tensor],
+        parcels: list[Parcel],
+        counts: list[int],
+    ) -> Arrival:
+        arrived = self._round(kind, layer, parcels, counts)
+        width = _row_bytes(rows)
+        numbers = [len(one.payload) // width for one in arrived]
+        source = torch.repeat_interleave(torch.arange(self.size), torch.tensor(numbers))
+        return Arrival(
+            rows=_unpacked(rows, [one.payload for one in arrived], numbers),
+            source=source.to(self.device),
+            notes=tuple(one.note for one in arrived),
+        )
+
+    def _timed(self, place: str, parcels: list[Parcel]) -> tuple[list[Parcel], int]:
+        """One swap, its waiting timed and the latency slept."""
+        began = time.perf_counter()
+        arrived, rounds = self._swap(place, parcels)
+        self.ledger.idle_seconds += time.perf_counter() - began
+        if self.latency:
+            began = time.perf_counter()
+            time.sleep(self.latency * rounds)
+            self.ledger.slept_seconds += time.perf_counter() - began
+        return arrived, rounds
+
+    def _round(
+        self, kind: str, layer: int | None, parcels: list[Parcel], counts: list[int] | None
+    ) -> list[Parcel]:
+        """One call, timed and counted; `counts` of rows by rank, None for one a rank."""
+        place = kind if layer is None else f"{kind} of layer {layer}"
+        arrived, rounds = self._timed(place, parcels)
+        sizes = [len(parcel.payload) for parcel in parcels]
+        counts = [1] * self.size if counts is None else counts
+        self.ledger.add(
+            Traffic(
+                kind=kind,
+                layer=layer,
+                calls=1,
+                rounds=rounds,
+                rows=sum(counts) - counts[self.rank],
+                bytes=sum(sizes) - sizes[self.rank],
+                frame_bytes=self.frame_bytes * (self.size - 1),
+                kept_rows=counts[self.rank],
+                kept_bytes=sizes[self.rank],
+            )
+        )
+        return arrived
+
+
+# -- rows as bytes -------------------------------------------------------------------------------
+
+
+def _widths(rows: Sequence[torch.Tensor]) -> list[int]:
+    """Bytes that one row of each tensor takes."""
+    return [
+        tensor[:1].numel() * tensor.itemsize if len(tensor) else _empty(tensor) for tensor in rows
+    ]
+
+
+def _empty(tensor: torch.Tensor) -> int:
+    count = tensor.itemsize
+    for size in tensor.shape[1:]:
+        count *= size
+    return count
+
+
+def _row_bytes(rows: Sequence[torch.Tensor]) -> int:
+    width = sum(_widths(rows))
+    assert width > 0, "a row has bytes"
+    return width
+
+
+def _by_alignment(rows: Sequence[torch.Tensor]) -> list[int]:
+    """Places of the tensors, wide elements first, so that each begins at a multiple of its own."""
+    return sorted(range(len(rows)), key=lambda at: -rows[at].itemsize)
+
+
+def _packed(rows: Sequence[torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
+    """uint8 `[bytes]`: the chosen rows of each tensor, one tensor after the other."""
+    return torch.cat(
+        [
+            rows[at].detach().index_select(0, chosen).contiguous().view(-1).view(torch.uint8)
+            for at in _by_alignment(rows)
+        ]
+    )
+
+
+def _unpacked(
+    rows: Sequence[torch.Tensor], payloads: list[torch.Tensor], numbers: list[int]
+) -> list[torch.Tensor]:
+    """The tensors `[n, ...]` of all payloads, in their order."""
+    widths = _widths(rows)
+    parts: list[list[torch.Tensor]] = [[] for _ in rows]
+    for payload, count in zip(payloads, numbers, strict=True):
+        if payload.storage_offset() % 16:  # a part of a longer buffer: elements want alignment
+            payload = payload.clone()  # noqa: PLW2901
+        start = 0
+        for at in _by_alignment(rows):
+            end = start + widths[at] * count
+            like = rows[at]
+            parts[at].append(payload[start:end].view(like.dtype).view(count, *like.shape[1:]))
+            start = end
+    return [torch.cat(one) for one in parts]
