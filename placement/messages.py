@@ -27,9 +27,11 @@ class MessageSizes:
         combine: of one row's sum over a device's experts, on its way back (vanilla).
         move: of one row to its new device, and to each other that has experts of it (coherent).
         partial_sums: of one row's sum over another device's experts (coherent, top-k above 1).
-        keys_values: of one row's new key and value in one layer.
-        token: of one row's new token at a step's end, with its number.
+        keys_values: of one row's new key and value in one layer, with the numbers of both.
+        token: of one row's new token at a step's end.
+        row: of a row's number, which goes with its token in coherent mode.
         frame: to each other device in each collective, beside its rows.
+        group: further at a coherent step's end: how many rows, and how many keys and values.
         layers: decoder layers of the model, those without experts too.
         top_k: most experts a token; 1 needs no partial sums.
     """
@@ -41,8 +43,10 @@ class MessageSizes:
     keys_values: int
     layers: int
     top_k: int
-    token: int = 8
+    token: int = 4
+    row: int = 1
     frame: int = 8
+    group: int = 16
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -79,8 +83,9 @@ class MessageSizes:
             residual: whether that norm is found in the model; else the experts' input moves too.
         """
         state = hidden * itemsize
-        number, row = (
-            next(width for width, most in _NUMBERS if count <= most) for count in (experts, rows)
+        number, row, layer = (
+            next(width for width, most in _NUMBERS if count <= most)
+            for count in (experts, rows, layers)
         )
         dispatch = state + top_k * (number + itemsize)
         return cls(
@@ -88,7 +93,8 @@ class MessageSizes:
             combine=state,
             move=dispatch + row + (0 if residual else state),
             partial_sums=state + row,
-            keys_values=keys_values * itemsize,
+            keys_values=keys_values * itemsize + layer + row,
+            row=row,
             layers=layers,
             top_k=top_k,
         )

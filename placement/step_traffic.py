@@ -163,7 +163,7 @@ class _Walk:
             present: bool `[S]`, in which steps it takes place; in all if not given.
         """
         present = np.ones(self.count, dtype=np.bool_) if present is None else present
-        frames = self.frames() * present[:, None, None]
+        frames = self.frames(self.sizes.frame) * present[:, None, None]
         parts = {**parts, "frames": frames} if position is not None else dict(parts)
         for kind, matrix in parts.items():
             width = 1 if position is None else self.layers
@@ -181,10 +181,10 @@ class _Walk:
         away = ~np.eye(self.topology.devices, dtype=bool)
         return np.asarray(amount)[:, :, None] * away
 
-    def frames(self) -> FloatArray:
-        """float64 `[S, G, G]`: what an exchange sends beside its rows."""
+    def frames(self, size: int) -> FloatArray:
+        """float64 `[S, G, G]`: so many bytes from each device to each other."""
         devices = self.topology.devices
-        return self.everywhere(np.full((self.count, devices), float(self.sizes.frame)))
+        return self.everywhere(np.full((self.count, devices), float(size)))
 
 
 def _walked(
@@ -210,10 +210,7 @@ def _walked(
             _coherent_layer(walk, position, place, target, need)
             place = target
         kept += walk.tally(everyone, place) * walk.sizes.attended_at(trace.layer_ids, position)
-    parts = {"tokens": walk.everywhere(walk.tally(everyone, place) * walk.sizes.token)}
-    if mode == COHERENT:
-        parts["keys_values"] = walk.everywhere(kept * walk.sizes.keys_values)
-    walk.send("step end", {**parts, "end_frames": walk.frames()}, None)
+    _step_end(walk, walk.tally(everyone, place), kept, mode)
     return StepTraffic(
         mode=mode,
         rows=len(trace) / walk.count,
@@ -254,6 +251,23 @@ def _coherent_layer(
         sums = walk.messages(rows, devices, target[rows]) * walk.sizes.partial_sums
         present = np.bincount(walk.steps[rows], minlength=walk.count) > 0
         walk.send("partial sums", {"partial_sums": sums}, position, present)
+
+
+def _step_end(walk: _Walk, ended: FloatArray, kept: FloatArray, mode: str) -> None:
+    """All learn the new tokens, and in coherent mode the new keys and values.
+
+    Args:
+        ended: float64 `[S, G]`, rows that each device has at the end.
+        kept: float64 `[S, G]`, (row, layer) pairs whose keys and values it has made.
+    """
+    sizes, coherent = walk.sizes, mode == COHERENT
+    parts = {
+        "tokens": walk.everywhere(ended * (sizes.token + sizes.row * coherent)),
+        "end_frames": walk.frames(sizes.frame + sizes.group * coherent),
+    }
+    if coherent:
+        parts["keys_values"] = walk.everywhere(kept * sizes.keys_values)
+    walk.send("step end", parts, None)
 
 
 def _joined(parts: Sequence[StepTraffic], rows: float) -> StepTraffic:

@@ -148,7 +148,7 @@ def counted(
                 put("partial_sums", step, at, device, target, sizes.partial_sums)
             here = target
         for other in range(devices):
-            put("tokens", step, 0, here, other, sizes.token)
+            put("tokens", step, 0, here, other, sizes.token + sizes.row * (mode == COHERENT))
     return dict(sent)
 
 
@@ -168,7 +168,7 @@ def test_replay_sends_what_a_plain_count_sends(
     topology = Topology.of(*shape)
     trace, steps = in_lanes(random_trace(rng, 12, layers, k), rows)
     placement = random_replicas(rng, layers, topology.devices)
-    sizes = sizes_for(trace, frame=0)
+    sizes = sizes_for(trace, frame=0, group=0)
     starts = rng.integers(topology.devices, size=len(trace))
     found = replay(placement, topology, trace, steps, sizes, mode, starts)
     expected = counted(placement, topology, trace, steps, sizes, mode, starts)
