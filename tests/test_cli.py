@@ -85,9 +85,13 @@ SURFACE = {
         ),
         *("--smoothing", "--shuffled", "--method", "--stages", "--time-limit", "--starts"),
         *("--seed", "--memory", "--host-memory", "--model", "--expert-bytes", "--out"),
+        *("--mode", "--link", "--node-link", "--batch", "--widths", "--compute-ms"),
     },
     "plan show": {"PLAN", "--out"},
-    "plan compare": {"PLAN...", "--trace"},
+    "plan compare": {
+        *("PLAN...", "--trace", "--link", "--node-link", "--batch", "--widths", "--compute-ms"),
+        "--model",
+    },
     "report": {"RUN.json", "--out", "--trace", "--with"},
     "steer cost": {
         *("MODEL", "--steer", "--prompts", "--beta", "--expert-budget", "--policy", "--limit"),

@@ -149,7 +149,7 @@ parallel.*        | version model_spec expert_tensors loading kv_cache trace run
 batches           | runtime scheduler predictors.* token_choice prompt_state path_forecast \
                     batch_run batch_loop batch_check       | transformers
 __init__          | ABOVE                                  |
-cli.*             | version __init__ runtime config budget layout report.* placement.* \
+cli.*             | version __init__ runtime config budget kv_cache layout report.* placement.* \
                     hardware.*                             \
                     cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* steering.* importers.* trace trace_summary routing_counts \
