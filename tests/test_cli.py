@@ -42,7 +42,7 @@ SURFACE = {
         *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
         *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
         *("--every", "--predictor", "--compare", "--verify", "--out", "--max-batch"),
-        "--max-length",
+        *("--max-length", "--expert-parallel", "--timeout"),
     },
     "hardware": {"--path", "--expert-shape", "--dtype", "--refresh", "--cache-dir"},
     "inspect": {

@@ -143,7 +143,8 @@ batch_counts      | runtime scheduler batch_run            | numpy
 batch_loop        | runtime scheduler predictors.base prompt_state sequence_caches path_forecast \
                     batch_run batch_counts                 | torch numpy transformers
 batch_check       | batch_run prompt_state token_choice    | torch transformers
-parallel.*        | version model_spec expert_tensors loading kv_cache trace run_record \
+parallel.*        | version model_spec checkpoint safetensors_index device memory layout slots \
+                    store expert_tensors loading kv_cache trace run_record \
                     placement.* token_choice batch_run prompt_state sequence_caches parallel.* \
                                                            | torch numpy transformers
 batches           | runtime scheduler predictors.* token_choice prompt_state path_forecast \
@@ -153,7 +154,7 @@ cli.*             | version __init__ runtime config budget kv_cache layout repor
                     hardware.*                             \
                     cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* steering.* importers.* trace trace_summary routing_counts \
-                    corpus batches cli.* \
+                    corpus batches parallel.* cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |
 """

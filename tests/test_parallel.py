@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="no prompts"):
         on_threads(model, [], 2, plan=plan)
     models = [copy.deepcopy(model) for _ in range(2)]
-    with pytest.raises(ParallelError, match="other prompts than rank"):
+    with pytest.raises(ParallelError, match="the ranks differ in prompts"):
         run_ranks(lambda link: generate(models[link.rank], [[1 + link.rank]], link=link), 2)
     for wrong in (
         {"mode": "coherrent"},

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from moe_runtime.cli.generate_many import ManyOptions, show_many
+from moe_runtime.cli.generate_parallel import ParallelCommand, run_rank
 from moe_runtime.cli.options import (
     AskedBatchOption,
     AskedLengthOption,
@@ -38,12 +39,18 @@ from moe_runtime.cli.options import (
 from moe_runtime.cli.room import AskedRoom, budget_line
 from moe_runtime.cli.session import emit_json, quiet_libraries, session
 from moe_runtime.corpus import read_corpus
+from moe_runtime.parallel import ParallelOptions
 from moe_runtime.report import Report
 
 __all__ = ["generate"]
 
 
-_MANY = "batch_size", "schedule", "window", "every", "compare", "verify", "out"
+_MANY = "batch_size", "schedule", "window", "every", "compare", "verify", "out", "expert_parallel"
+# What ranks, each with its experts for good, have no use for.
+_ONE_PROCESS = (
+    *("schedule", "window", "every", "compare", "verify", "predictor", "expert_budget"),
+    *("host_budget", "device", "policy", "exact", "reader_threads"),
+)
 
 
 def generate(  # noqa: PLR0913, PLR0917  the command's options
@@ -102,6 +109,21 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
             "--out", "-o", metavar="X.jsonl", help="With --prompts: texts, as JSON lines."
         ),
     ] = None,
+    expert_parallel: Annotated[
+        str | None,
+        typer.Option(
+            "--expert-parallel",
+            metavar="coherent|vanilla",
+            help="With --prompts, under torchrun: each rank holds the experts that --plan gives "
+            "it. coherent: tokens move to their experts and stay; vanilla: out and back.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", help="With --expert-parallel: seconds to wait for a rank that hangs."
+        ),
+    ] = 120.0,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
     ] = 64,
@@ -128,7 +150,9 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
     variant: VariantOption = None,
     local_files_only: LocalOption = False,
     run: Annotated[
-        Path | None, typer.Option("--run", metavar="RUN.json", help="Write the run file here.")
+        Path | None,
+        # The second name is for torchrun, which takes --run for an option of its own.
+        typer.Option("--run", "--run-file", metavar="RUN.json", help="Write the run file here."),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -138,11 +162,20 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
     With --prompts, texts are generated in batches, and sequences regrouped between tokens.
 
     Example:  [bold]moe-runtime generate ./olmoe -p "Once upon a time" --expert-budget 25%[/bold]
+
+    On two ranks:  [bold]torchrun --nproc-per-node 2 -m moe_runtime generate ./olmoe --prompts
+    texts.txt --expert-parallel coherent --plan olmoe.plan.json[/bold]
     """
     if sum(one is not None for one in (prompt, prompt_file, prompts)) != 1:
         raise typer.BadParameter("give exactly one of --prompt, --prompt-file and --prompts")
     if prompts is None:
-        _refuse_given(context, _MANY)
+        _refuse_given(context, _MANY, "goes with --prompts")
+    if expert_parallel is None:
+        _refuse_given(context, ("timeout",), "goes with --expert-parallel")
+    else:
+        _refuse_given(context, _ONE_PROCESS, "does not go with --expert-parallel")
+        if str(prompts) == "-":
+            raise typer.BadParameter("--expert-parallel reads prompts from a file, not from -")
     with session(as_json=as_json, debug=debug):
         hub = hub_options(
             dtype=dtype,
@@ -151,6 +184,30 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
             variant=variant,
             local_files_only=local_files_only,
         )
+        if expert_parallel is not None and prompts is not None:
+            quiet_libraries(debug=debug)
+            run_rank(
+                model,
+                list(read_corpus(prompts)),
+                ParallelCommand(
+                    options=ParallelOptions(
+                        mode=expert_parallel,
+                        max_new_tokens=max_new_tokens,
+                        temperature=temperature,
+                        seed=seed,
+                        batch_size=batch_size,
+                    ),
+                    plan=plan,
+                    timeout=timeout,
+                    chat=chat,
+                    out=None if out is None else outcome_place(out),
+                    run=None if run is None else outcome_place(run),
+                ),
+                hub=hub,
+                as_json=as_json,
+                debug=debug,
+            )
+            return
         runtime = {
             "expert_budget": expert_budget,
             "host_budget": host_budget,
@@ -223,12 +280,12 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
                 typer.echo(line, err=True)
 
 
-def _refuse_given(context: typer.Context, names: tuple[str, ...]) -> None:
+def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """Wrong usage if one of these options was given on the command line."""
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise typer.BadParameter(f"--{name.replace('_', '-')} goes with --prompts")
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {why}")
 
 
 def _read_prompt(path: Path | None) -> str:

@@ -24,7 +24,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.files import write_text
 from moe_runtime.report import Report
 
-__all__ = ["ManyOptions", "ManyRun", "generate_many", "show_many"]
+__all__ = ["ManyOptions", "ManyRun", "generate_many", "show_many", "token_ids"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def generate_many(
     if not documents:
         raise ConfigError("no prompts in the file: it is empty or blank; give some text")
     tokenizer = AutoTokenizer.from_pretrained(model_path, **tokenizer_options(hub))
-    prompts = [_token_ids(tokenizer, text, chat=options.chat) for text in documents]
+    prompts = [token_ids(tokenizer, text, chat=options.chat) for text in documents]
     empty = next((at for at, ids in enumerate(prompts) if not ids), None)
     if empty is not None:
         raise ConfigError(
@@ -210,7 +210,8 @@ def generate_many(
     return ManyRun(generated=generated, run=run, ordered=ordered, record=record)
 
 
-def _token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+def token_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt, in the chat template if asked for."""
     if not chat:
         return list(tokenizer(text, return_token_type_ids=False)["input_ids"])
     filled = tokenizer.apply_chat_template(

@@ -10,18 +10,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moe_runtime.errors import ConfigError, ParallelError
-from moe_runtime.expert_tensors import drop_expert_tensors
-from moe_runtime.model_spec import read_spec
+from moe_runtime.errors import ConfigError
 from moe_runtime.parallel.engine import Engine
 from moe_runtime.parallel.group_link import GroupLink
-from moe_runtime.parallel.held import held_experts, refuse_modules
 from moe_runtime.parallel.link import Link
 from moe_runtime.parallel.options import ParallelOptions
+from moe_runtime.parallel.ready import ready_checkpoint, ready_model
 from moe_runtime.parallel.run import ParallelRun
-from moe_runtime.parallel.shares import contiguous_plan, shares_of
 from moe_runtime.placement.plan import Plan
 
 __all__ = ["generate"]
@@ -36,6 +33,7 @@ def generate(
     options: ParallelOptions | None = None,
     link: Link | None = None,
     experts: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
+    loading: Mapping[str, Any] | None = None,
     keep: Callable[[int, int, torch.Tensor], None] | None = None,
     **settings: Any,
 ) -> ParallelRun:
@@ -48,15 +46,18 @@ def generate(
     about 1e-6 of the largest, so a token can differ only where the top two are that close.
 
     Args:
-        model: a decoder-only model in memory, or its path. Of one in memory each rank copies the
-            experts that the plan gives it; it is left as it was.
+        model: a decoder-only model's path, or the model in memory. Of a path each rank loads the
+            experts that the plan gives it and no others; of one in memory it copies them, and the
+            model is left as it was.
         prompts: token ids of each prompt, one or more.
         plan: for this model and number of ranks; None for blocks of neighbouring experts.
         mode: `"coherent"` or `"vanilla"`.
         options: everything else; `settings` are its fields one by one, in its place.
         link: None for one over torch.distributed's default process group.
-        experts: this rank's experts where they were loaded apart from the model: by absolute layer
-            index and parameter name `[held, ...]`, in ascending order of expert numbers.
+        experts: this rank's experts of a model in memory, where they were loaded apart from it: by
+            absolute layer index and parameter name `[held, ...]`, in ascending order of expert
+            numbers.
+        loading: of a path: options of `from_pretrained` (`dtype`, `revision`, ...).
         keep: told, on the rank where a row ended, of prompt number, step and logits `[V]`.
 
     Returns:
@@ -64,6 +65,7 @@ def generate(
 
     Raises:
         ConfigError: an option out of range, prompts without a token or with unknown ids.
+        BudgetError: a path's weights, or keys and values, do not fit into free memory.
         PlanError: a plan for another model or number of ranks.
         UnsupportedModelError: experts that are modules of their own; with check `"stop"` a model
             that coherence does not fit.
@@ -75,39 +77,23 @@ def generate(
         raise ConfigError(f"give options or {', '.join(settings)}, not both")
     if link is None:
         link = GroupLink()
-    whole: PreTrainedModel = (
-        model
-        if isinstance(model, PreTrainedModel)
-        else AutoModelForCausalLM.from_pretrained(model).eval()
+    if isinstance(model, PreTrainedModel):
+        given = _checked(model, prompts)
+        ready = ready_model(model, given, plan, options, link, experts)
+    else:
+        ready = ready_checkpoint(os.fspath(model), prompts, plan, options, link, loading or {})
+        given = _checked(ready.model, prompts)
+    engine = Engine(
+        ready.model,
+        ready.spec,
+        ready.plan,
+        ready.shares,
+        ready.held,
+        link,
+        options,
+        _stop_tokens(ready.model, options.stop_tokens),
     )
-    given = _checked(whole, prompts)
-    spec = read_spec(whole)
-    refuse_modules(spec)
-    plan = plan if plan is not None else contiguous_plan(spec.grid, link.size)
-    shares = shares_of(plan, spec, link.size)
-    held = held_experts(whole, spec, shares.owned(link.rank), experts)
-    if whole is not model:
-        drop_expert_tensors(whole, spec)  # the other ranks'
-    _same(link, given, options, plan)
-    stop_tokens = _stop_tokens(whole, options.stop_tokens)
-    engine = Engine(whole, spec, plan, shares, held, link, options, stop_tokens)
     return engine.run(given, keep)
-
-
-def _same(link: Link, prompts: list[list[int]], options: ParallelOptions, plan: Plan) -> None:
-    """ParallelError unless every rank was given the same."""
-    mine = {
-        "prompts": prompts,
-        "options": [str(one) for one in vars(options).items()],
-        "plan": [[list(hosts) for hosts in layer.hosts] for layer in plan.layers],
-    }
-    for rank, other in enumerate(link.agree("arguments", mine)):
-        for name, value in mine.items():
-            if other[name] != value:
-                raise ParallelError(
-                    f"rank {rank} was given other {name} than rank {link.rank}; all ranks need the "
-                    "same arguments"
-                )
 
 
 def _checked(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
