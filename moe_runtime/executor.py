@@ -219,10 +219,14 @@ class Executor:
             try:
                 for listener in self.listeners:
                     listener(handle.position, top_k_index, top_k_weights, step)
-                if self.loader.follows:
+                alone = self._without_host(handle, real)
+                by_slots = not self.exact and self.slots.take(handle.position, hidden, handle.form)
+                if self.loader.follows and (alone or not by_slots):
                     self.tell(handle.position, hidden, top_k_index, step)
-                if self._without_host(handle, real):
+                if alone:
                     return self._on_device(handle, hidden, top_k_index, top_k_weights)
+                if by_slots:
+                    return self._arriving(handle, hidden, top_k_index, top_k_weights, real, step)
                 return self._computed(handle, module, hidden, top_k_index, top_k_weights, real)
             except BaseException:
                 # Also for KeyboardInterrupt: whatever was under way is undone, the cache stays
@@ -249,15 +253,35 @@ class Executor:
             if access is not None:
                 single = self._single(handle, hidden, chosen, access)
                 return _combine(single, hidden, top_k_weights)
-        if not self.exact and self.slots.take(position, hidden, handle.form):
-            return self.slots.arriving(
-                position, hidden, top_k_index, top_k_weights, handle.form, real
-            )
         routing = sort_routing(position, top_k_index, count, real)
         if self.exact:
             return self._exact(handle, module, hidden, top_k_index, top_k_weights, routing)
         outputs = self._many(handle, hidden, top_k_index.shape[1], routing)
         return _combine(outputs, hidden, top_k_weights)
+
+    def _arriving(
+        self,
+        handle: LayerHandle,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        real: torch.Tensor | None,
+        step: Step | None,
+    ) -> torch.Tensor:
+        """By kernels over slots; a predictor is told once the choice is on the host anyway."""
+
+        def told(chosen: torch.Tensor) -> None:
+            self.tell(handle.position, hidden, chosen, step)
+
+        return self.slots.arriving(
+            handle.position,
+            hidden,
+            top_k_index,
+            top_k_weights,
+            handle.form,
+            real,
+            told if self.loader.follows else None,
+        )
 
     def _single(
         self, handle: LayerHandle, hidden: torch.Tensor, chosen: list[int], access: Access
@@ -406,8 +430,8 @@ class Executor:
             return
         ids = top_k_index.detach()
         if step.real is not None:
-            real = step.real.to(hidden.device)
-            hidden, ids = hidden[real], ids[real]
+            hidden = hidden[step.real.to(hidden.device)]
+            ids = ids[step.real.to(ids.device)]
         chosen = ids.to("cpu").numpy().astype(np.int64)
         chosen[chosen >= self.cache.grid.experts[position]] = -1
         self.loader.observe(position, chosen, hidden.detach())

@@ -234,6 +234,18 @@ class Runtime:
             exact=self.config.exact,
             by_rows=by_rows,
         )
+        if self.config.host_execution == "always" and (self.device.is_cpu or self.config.exact):
+            why = (
+                "exact=True computes every expert on the device"
+                if self.config.exact
+                else ("the model computes on the host anyway")
+            )
+            _LOG.warning("host_execution='always' changes nothing: %s", why)
+        if self.config.layout == "rows" and not by_rows and not in_place:
+            _LOG.warning(
+                "layout='rows' cannot be had here (it needs a CPU with AVX2, float32, float16 or "
+                "bfloat16 experts, and exact=False): weights lie as the model has them"
+            )
         if not self.device.is_cpu and not self.config.exact:
             self.executor.slots.hosting = make_hosting(
                 self.config.host_execution,

@@ -12,7 +12,7 @@ Knows cache, loader and kernels; not how a place is chosen, nor models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,6 +109,7 @@ class SlotLayers:
         top_k_weights: torch.Tensor,
         form: ExpertForm,
         real: torch.Tensor | None,
+        told: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """A layer of which some experts may be missing.
 
@@ -116,6 +117,7 @@ class SlotLayers:
             hidden: `[T, D]`.
             top_k_index, top_k_weights: `[T, K]`.
             real: bool `[T]` in host memory, False for padding; None if there is none.
+            told: called with `top_k_index` once it is in host memory, before anything is asked for.
         """
         tokens, choices = top_k_index.shape
         before = self._device.fence()
@@ -128,6 +130,8 @@ class SlotLayers:
                 slots = slots.masked_fill(~self._device.to_device(real).unsqueeze(1), -1)
             parts = self._contributions(position, hidden, slots, form)
         self._device.finish(copied)
+        if told is not None:
+            told(asked)
         routing = sort_routing(position, asked, self._experts(position), real)
         found = torch.full((choices * tokens,), -1)
         hosted: list[_Hosted] = []

@@ -358,6 +358,22 @@ def test_the_host_waits_for_the_device_once_a_layer_and_never_where_all_is_resid
         assert device.finishes == waits
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "cuda", "exact": True}, "exact=True computes every expert on the device"),
+        ({"device": "cpu"}, "computes on the host anyway"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_said(
+    device: LaterDevice, caplog: pytest.LogCaptureFixture, options: dict[str, Any], said: str
+) -> None:
+    if options["device"] == "cpu":
+        device.is_cpu = True
+    moe_runtime.attach(tiny_model(), expert_budget="50%", host_execution="always", **options)
+    assert caplog.text.count(said) == 1
+
+
 class BrokenError(RuntimeError):
     pass
 

@@ -166,12 +166,22 @@ def expected_logits() -> list[torch.Tensor]:
     return several_logits(tiny_model())
 
 
-@pytest.mark.parametrize("host_budget", ["20%", "100%"])
+@pytest.mark.parametrize(
+    ("host_budget", "kernel", "host_execution"),
+    [
+        ("20%", "auto", "never"),
+        ("100%", "auto", "never"),
+        ("100%", "plain", "never"),
+        ("60%", "plain", "always"),
+    ],
+)
 def test_on_a_device_whose_copies_are_late(
     tiny_checkpoints: TinyCheckpoints,
     monkeypatch: pytest.MonkeyPatch,
     expected_logits: list[torch.Tensor],
     host_budget: str,
+    kernel: str,
+    host_execution: str,
 ) -> None:
     device = later_device.install(monkeypatch)
     model = moe_runtime.from_pretrained(
@@ -181,7 +191,9 @@ def test_on_a_device_whose_copies_are_late(
         host_budget=host_budget,
         predictor=Guess(GRID, 4),
         prediction_options=ACT,
+        host_execution=host_execution,
     )
+    moe_runtime.runtime_of(model).executor.slots.kernel = kernel
     assert_close(several_logits(model), expected_logits)
     assert device.faults == []
     assert prediction_of(model)["loads"]["ahead"] > 0
