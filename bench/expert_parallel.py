@@ -88,6 +88,7 @@ def one_rank(rank: int, size: int, port: int, jobs: list[dict[str, Any]], out: s
                 stop_tokens=(),
                 check="stop",
                 link=link,
+                loading={"dtype": torch.float32},
                 keep_routing=False,
             )
             results.append(run.to_dict() | {"shown": shown(run)})
@@ -151,7 +152,7 @@ def alone(path: str, prompts: list[list[int]], steps: int) -> tuple[list[list[in
     """Greedy tokens of each prompt by plain transformers, and the top two's margin at each step,
     relative to the step's largest logit.
     """
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokens, margins = [], []
     for prompt in prompts:
         fed, past, mine, gaps = torch.tensor([prompt]), None, [], []
@@ -210,7 +211,9 @@ def with_top_k(path: str, top_k: int, folder: Path) -> str:
 
 
 def recorded(path: str, texts: list[str]) -> RoutingTrace:
-    model = moe_runtime.from_pretrained(path, expert_budget="100%", device="cpu")
+    model = moe_runtime.from_pretrained(
+        path, expert_budget="100%", device="cpu", dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(path)
     with torch.no_grad(), moe_runtime.record(model) as recorder:
         for text in texts:
@@ -254,9 +257,10 @@ def real_shapes(rows: dict[str, dict[str, Any]], hidden: int, layers: int) -> di
                     total += one["bytes"] + one["frame_bytes"]
                     continue
                 if kind == "keys_values":
-                    kv = run["kv_row_bytes"] // layers
-                    pieces = one["bytes"] / kv  # rows of one layer's keys and values, and names
-                    total += pieces * shape["kv"] * 2 * shape["layers"] / layers
+                    # A row is one layer's keys and values of one token, and its names.
+                    names = one["bytes"] - one["rows"] * run["kv_row_bytes"] // layers
+                    wide = one["rows"] * shape["kv"] * 2 + names
+                    total += wide * shape["layers"] / layers + one["frame_bytes"]
                     continue
                 beside = one["bytes"] - one["rows"] * hidden * 4
                 wide = one["rows"] * shape["hidden"] * 2 + beside
@@ -379,6 +383,7 @@ def main() -> None:
             "seed": SEED,
             "ranks": list(RANKS),
             "backend": "gloo",
+            "dtype": "float32",
             "training_texts_of_a_kind": TRAINED,
             "held_out_texts_of_a_kind": HELD_OUT,
             "prompt_tokens": PROMPT,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import typer
 
-_PRELOADED = ["moe_runtime.parallel.launch", "moe_runtime.parallel.agreement"]
+_PRELOADED = ["moe_runtime.cli", "moe_runtime.parallel"]
 
 
 def free_port() -> int:

@@ -5,12 +5,15 @@ Run with what torchrun sets in the environment.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 import typer
 
+from moe_runtime.cli import app
 from moe_runtime.cli.session import session
 from moe_runtime.parallel.agreement import require_same, together
 from moe_runtime.parallel.launch import die_with_parent, process_group, say_when_terminated
@@ -38,6 +41,11 @@ def main(action: str, timeout: float) -> None:
             to = torch.arange(4) % link.size
             link.exchange("move", 0, [torch.zeros(4, 8)], to)
             time.sleep(0.02)
+
+
+def command(folder: str, _timeout: float) -> None:
+    """The command line, with the arguments that lie in `folder`."""
+    app(json.loads((Path(folder) / "arguments.json").read_text()))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.recordings import read_recordings
 from moe_runtime.report import (
     EvaluationReport,
+    ParallelReport,
     PlanReport,
     Report,
     SimulationReport,
@@ -28,8 +29,9 @@ from moe_runtime.report import (
 __all__ = ["report"]
 
 RUN, PLAN, EVALUATION, SIMULATION = "run", "plan", "evaluation", "simulation"
+PARALLEL = "parallel-run"
 STEERING = ("steering", "steer-eval", "steer-cost")
-KINDS = (RUN, PLAN, EVALUATION, SIMULATION, *STEERING)
+KINDS = (RUN, PLAN, EVALUATION, SIMULATION, PARALLEL, *STEERING)
 ENDINGS = {kind: f".{kind}.json" for kind in KINDS} | {"steering": ".steer.json"}
 
 
@@ -73,12 +75,22 @@ def report(
             raise typer.BadParameter(f"--trace goes with a plan, and this is {_a(kind)} file")
         if beside and kind not in STEERING:
             raise typer.BadParameter(f"--with goes with a file of steering, and this is {_a(kind)}")
-        loaded: Report | PlanReport | EvaluationReport | SimulationReport | SteeringReport
+        loaded: (
+            Report
+            | ParallelReport
+            | PlanReport
+            | EvaluationReport
+            | SimulationReport
+            | SteeringReport
+        )
         if kind in STEERING:
             loaded = SteeringReport.load(run, *(beside or ()))
             summary = loaded.facts()
         elif kind == PLAN:
             loaded = _plan_report(run, trace)
+            summary = loaded.facts()
+        elif kind == PARALLEL:
+            loaded = ParallelReport.load(run)
             summary = loaded.facts()
         elif kind == EVALUATION:
             loaded = EvaluationReport.load(run)
