@@ -16,15 +16,9 @@ from moe_runtime.parallel.run import FORMAT
 from moe_runtime.parallel.shards import open_source
 from moe_runtime.parallel.shares import contiguous_plan
 from parallel_ranks import two_ranks
+from rank_program import command
 
 PROMPTS = "The river was wide and\nOnce upon a time there was\nIn the morning\n"
-
-
-def command(folder: str, _timeout: float) -> None:
-    """What each rank of the tests below runs; told where its files lie."""
-    place = Path(folder)
-    arguments = json.loads((place / "arguments.json").read_text())
-    app([*arguments], standalone_mode=True)
 
 
 def run_on_two(place: Path, *arguments: str) -> list[tuple[int, str, str]]:
@@ -41,14 +35,16 @@ def run_on_two(place: Path, *arguments: str) -> list[tuple[int, str, str]]:
         ]
 
 
+@pytest.mark.slow
 def test_both_modes_give_one_process_texts_and_only_rank_0_prints(tmp_path: Path) -> None:
     plan = contiguous_plan(open_source(moe_runtime.bundled_model()).spec.grid, 2)
     plan.save(tmp_path / "x.plan.json")
     alone = CliRunner().invoke(
         app,
         [
-            *("generate", moe_runtime.bundled_model(), "--prompts", "-", "-n", "5", "--json"),
-            *("--schedule", "order"),
+            "generate",
+            moe_runtime.bundled_model(),
+            *["--prompts", "-", "-n", "5", "--json", "--schedule", "order"],
         ],
         input=PROMPTS,
     )
@@ -70,6 +66,7 @@ def test_both_modes_give_one_process_texts_and_only_rank_0_prints(tmp_path: Path
         assert saved["traffic"] == data["run"]["traffic"]
 
 
+@pytest.mark.slow
 def test_a_plan_for_other_ranks_is_refused_on_both_with_what_to_do(tmp_path: Path) -> None:
     plan = contiguous_plan(open_source(moe_runtime.bundled_model()).spec.grid, 4)
     plan.save(tmp_path / "x.plan.json")

@@ -246,5 +246,6 @@ def test_a_path_is_loaded_and_experts_may_be_given_apart() -> None:
     run_ranks(work, 1)
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_give_the_tokens_of_one(tmp_path: Path) -> None:
     multiprocessing.spawn(check_gloo_run, args=(str(tmp_path),), nprocs=2)
