@@ -26,12 +26,21 @@ class Replay:
 
     Set `rows` (indices into the trace, one a token in the order of the model's input) before each
     forward call.
+
+    Args:
+        device: where the model computes; the trace is copied there once.
     """
 
-    def __init__(self, model: nn.Module, trace: RoutingTrace) -> None:
-        self.rows: IntArray = np.zeros(0, np.int64)
-        self._ids = torch.from_numpy(trace.topk_ids.astype(np.int64))
-        self._weights = torch.from_numpy(trace.topk_weights.astype(np.float32))
+    def __init__(
+        self, model: nn.Module, trace: RoutingTrace, device: torch.device | str = "cpu"
+    ) -> None:
+        # Layers first: what a layer gets is in one piece.
+        ids = torch.from_numpy(trace.topk_ids.astype(np.int64))
+        weights = torch.from_numpy(trace.topk_weights.astype(np.float32))
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-6)
+        self._ids = ids.transpose(0, 1).contiguous().to(device)
+        self._weights = weights.transpose(0, 1).contiguous().to(device)
+        self.rows = np.zeros(0, np.int64)
         routers = [
             getattr(parent, name)
             for parent in model.modules()
@@ -48,13 +57,23 @@ class Replay:
             for position, router in enumerate(routers)
         ]
 
+    @property
+    def rows(self) -> IntArray:
+        """The rows that the next forward call replays."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: IntArray) -> None:
+        self._rows = rows
+        # One transfer a call, not one a layer.
+        at = torch.from_numpy(np.ascontiguousarray(rows, np.int64)).to(self._ids.device)
+        self._now = self._ids[:, at], self._weights[:, at]
+
     def _hook(self, position: int) -> Any:
         def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
             logits, weights, _ = output
-            ids = self._ids[self.rows, position]
-            chosen = self._weights[self.rows, position]
-            chosen = chosen / chosen.sum(-1, keepdim=True).clamp_min(1e-6)
-            return logits, chosen.to(weights.dtype), ids
+            ids, chosen = self._now
+            return logits, chosen[position].to(weights.dtype), ids[position]
 
         return replace
 

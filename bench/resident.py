@@ -4,8 +4,9 @@ Does not know the runtime's insides: it times modules from outside, the same way
 
     python bench/resident.py CHECKPOINT
 
-Two models of the same checkpoint lie in memory; they take turns, block by block, and the floor is
-measured between the blocks: one `F.linear` over as many bytes as a token's active experts.
+Two models of the same checkpoint lie in memory; they take turns, block by block, and between the
+blocks it is measured how soon as many bytes as a token's active experts can be read: by one
+`F.linear`, and by one sum of short rows (`embedding_bag`), the quickest read that PyTorch has here.
 """
 
 from __future__ import annotations
@@ -103,6 +104,9 @@ class Side:
         return {
             "step_seconds": spread(self.step_seconds),
             "expert_seconds": spread(self.expert_seconds),
+            "other_seconds": spread(
+                [a - b for a, b in zip(self.step_seconds, self.expert_seconds, strict=True)]
+            ),
             "prefill_seconds": spread(self.prefill_seconds),
             "prefill_expert_seconds": spread(self.prefill_expert_seconds),
             "tokens": len(self.step_seconds),
@@ -110,27 +114,47 @@ class Side:
 
 
 class Floor:
-    """One large `F.linear` of a token over `nbytes` of bf16 weights, cold each time."""
+    """One large product of a token with `nbytes` of bf16 weights, cold each time, in two ways."""
+
+    ROW = 128  # elements of a row that is summed
 
     def __init__(self, nbytes: int, width: int) -> None:
         rows = nbytes // 2 // width
         self.weight = torch.empty(rows, width, dtype=torch.bfloat16).normal_(0, 0.02)
         self.token = torch.randn(1, width).to(torch.bfloat16)
         self.seconds: list[float] = []
+        self.rows_seconds: list[float] = []
+        self.table = self.weight.view(-1, self.ROW)
+        self.numbers = torch.arange(len(self.table), dtype=torch.int32)
+        self.bounds = torch.arange(0, len(self.table), width, dtype=torch.int32)
+        self.factors = torch.randn(len(self.table)).to(torch.bfloat16)
 
     @torch.inference_mode()
     def measure(self, times: int) -> None:
         for _ in range(times):
             began = time.perf_counter()
             functional.linear(self.token, self.weight)
-            self.seconds.append(time.perf_counter() - began)
+            half = time.perf_counter()
+            functional.embedding_bag(
+                self.numbers, self.table, self.bounds, mode="sum", per_sample_weights=self.factors
+            )
+            self.rows_seconds.append(time.perf_counter() - half)
+            self.seconds.append(half - began)
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.rows_seconds.clear()
 
     def figures(self) -> dict[str, Any]:
-        bandwidth = self.weight.nbytes / statistics.median(self.seconds) / 1e9
+        def rate(seconds: list[float]) -> float:
+            return self.weight.nbytes / statistics.median(seconds) / 1e9
+
         return {
             "bytes": self.weight.nbytes,
             "seconds": spread(self.seconds),
-            "gb_per_s": bandwidth,
+            "gb_per_s": rate(self.seconds),
+            "rows_seconds": spread(self.rows_seconds),
+            "rows_gb_per_s": rate(self.rows_seconds),
         }
 
 
@@ -210,12 +234,33 @@ def hook_overhead(steps: int, layout: str) -> dict[str, float]:
     return found
 
 
+@torch.inference_mode()
+def batched(sides: Sequence[Side], ids: Sequence[int], size: int, steps: int) -> dict[str, Any]:
+    """Decode steps of so many sequences, each side's in turn; seconds a step and their ratio."""
+    caches = [DynamicCache(config=side.model.config) for side in sides]
+    taken: list[list[float]] = [[] for _ in sides]
+    for step in range(steps):
+        rows = torch.tensor([[ids[(row * 97 + step) % len(ids)]] for row in range(size)])
+        for side, cache, seconds in zip(sides, caches, taken, strict=True):
+            began = time.perf_counter()
+            side.model(input_ids=rows, past_key_values=cache, use_cache=True)
+            seconds.append(time.perf_counter() - began)
+    plain, ours = (spread(seconds[3:]) for seconds in taken)
+    return {
+        "plain_seconds": plain,
+        "our_seconds": ours,
+        "speedup": plain["median"] / ours["median"],
+    }
+
+
 def verdicts(ours: Side, plain: Side, floor: Floor) -> dict[str, float]:
     """The ratios asked for. Medians of one run; above 1 is slower for `*_over_*`."""
     median = statistics.median
     return {
         "experts_over_floor": median(ours.expert_seconds) / median(floor.seconds),
         "peer_experts_over_floor": median(plain.expert_seconds) / median(floor.seconds),
+        "experts_over_rows_floor": median(ours.expert_seconds) / median(floor.rows_seconds),
+        "experts_speedup": median(plain.expert_seconds) / median(ours.expert_seconds),
         "step_speedup": median(plain.step_seconds) / median(ours.step_seconds),
         "prefill_speedup": median(plain.prefill_seconds) / median(ours.prefill_seconds),
         "prefill_experts_speedup": median(plain.prefill_expert_seconds)
@@ -231,6 +276,7 @@ def main(
     block: Annotated[int, typer.Option(help="tokens decoded in a turn")] = 24,
     prefill: Annotated[int, typer.Option(help="tokens of the prefill")] = 512,
     prefill_rounds: int = 6,
+    batch_steps: int = 20,
     overhead_steps: int = 400,
     threads: int = 2,
     layout: Annotated[str, typer.Option(help="of ours: native or rows")] = "rows",
@@ -246,7 +292,7 @@ def main(
               * config.hidden_size * config.moe_intermediate_size * 2)  # fmt: skip
     floor = Floor(active, config.hidden_size)
     floor.measure(3)
-    floor.seconds.clear()
+    floor.clear()
     for side in (plain, ours):
         side.decode(ids[:4], measured=False)
     blocks = {side: itertools.count(0) for side in (plain, ours)}
@@ -265,6 +311,7 @@ def main(
         prefill_rounds,
     )
     ratios = verdicts(ours, plain, floor)
+    batches = {size: batched([plain, ours], ids, size, batch_steps) for size in (1, 2, 4, 8, 16)}
     overhead = hook_overhead(overhead_steps, layout)
     write_json(out, {
         "what": "every expert resident, CPU: experts, step, prefill and hook",
@@ -273,14 +320,24 @@ def main(
                      "moe_runtime": moe_runtime.__version__},
         "settings": {"rounds": rounds, "block": block, "prefill": prefill,
                      "prefill_rounds": prefill_rounds, "threads": threads,
-                     "layout": layout},
+                     "layout": layout, "batch_steps": batch_steps},
         "floor": floor.figures(),
         "moe_runtime": ours.figures(),
         "transformers_grouped_mm": plain.figures(),
         "ratios": ratios,
+        "batches": batches,
         "microseconds_a_layer": overhead,
     })  # fmt: skip
-    print(json.dumps({"ratios": ratios, "microseconds_a_layer": overhead}, indent=1))
+    print(
+        json.dumps(
+            {
+                "ratios": ratios,
+                "microseconds_a_layer": overhead,
+                "batches": {n: round(b["speedup"], 2) for n, b in batches.items()},
+            },
+            indent=1,
+        )
+    )
     print(f"wrote {out}")
 
 

@@ -23,7 +23,7 @@ from moe_runtime.runtime import Runtime, runtime_of
 from moe_runtime.scheduler import METHODS
 from moe_runtime.token_choice import TokenChoice
 
-__all__ = ["SCHEDULES", "generate_batches"]
+__all__ = ["SCHEDULES", "generate_batches", "sequences_held"]
 
 _LOG = logging.getLogger("moe_runtime")
 SCHEDULES = (*METHODS, "order")
@@ -139,6 +139,29 @@ def generate_batches(  # noqa: PLR0913  its options
         gather_seconds=loop.gather_seconds,
         agreement=compare_alone(model, states, choices()) if verify else None,
     )
+
+
+def sequences_held(
+    prompts: int, *, batch_size: int, schedule: str = "union", window: int | str | None = None
+) -> int:
+    """A bound on the sequences whose keys and values `generate_batches` holds at once.
+
+    Those under way, as many that have ended while others take their places, and as many that are
+    being gathered into new batches. As `max_batch` of `from_pretrained`, with the longest prompt
+    and its new tokens as `max_length`, an automatic budget leaves room for them.
+
+    Args:
+        prompts: how many.
+        batch_size, schedule, window: as `generate_batches` takes them.
+
+    Raises:
+        ConfigError: an option out of range.
+    """
+    _method(schedule)
+    size = _at_least_one("batch_size", batch_size)
+    under_way = min(prompts, size * _window(window, schedule, prompts, size))
+    gathered = under_way if size > 1 and under_way > 1 else 0
+    return min(prompts, 2 * under_way) + gathered
 
 
 def _runtime(model: PreTrainedModel) -> Runtime | None:

@@ -17,14 +17,37 @@ from moe_runtime.hardware.values import HardwareProfile
 from moe_runtime.kv_cache import kv_bytes
 from moe_runtime.memory import free_memory
 from moe_runtime.model_spec import MoESpec
-from moe_runtime.slots import slot_bytes
+from moe_runtime.slots import RowBlocks, slot_bytes
 from moe_runtime.store import bounce_bytes
 
-__all__ = ["BudgetPlan", "least_budget", "plan_budget", "resolve_budget"]
+__all__ = [
+    "BudgetPlan",
+    "Shrunk",
+    "least_budget",
+    "least_slots",
+    "plan_budget",
+    "resolve_budget",
+    "working_room",
+]
 
 _MAX_CHUNK = 1 << 20
 _MIN_CHUNK = 4096
 _MARGIN = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrunk:
+    """Slots that there was no memory for, so that a plan has fewer.
+
+    Args:
+        asked: slots of each expert shape before.
+        nbytes: bytes of them.
+        why: what was said when they were asked for.
+    """
+
+    asked: tuple[int, ...]
+    nbytes: int
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +62,7 @@ class BudgetPlan:
         staging: bytes of all their buffers.
         pools: bytes of all slots.
         explanation: one sentence for people.
+        shrunk: what was planned before memory ran out; None if all of it was there.
     """
 
     total: int
@@ -48,6 +72,7 @@ class BudgetPlan:
     staging: int
     pools: int
     explanation: str
+    shrunk: Shrunk | None = None
 
     @property
     def used(self) -> int:
@@ -62,7 +87,7 @@ def resolve_budget(
     device: torch.device,
     *,
     threads: int,
-    flips: Sequence[bool] | None = None,
+    rows: Sequence[RowBlocks | None] | None = None,
     batch: int = 1,
     length: int = 4096,
     dense: int = 0,
@@ -79,7 +104,7 @@ def resolve_budget(
         dense: bytes of other weights that count as free now, but are wanted.
         profile: what was measured of this machine: says what an expert that does not fit costs.
     """
-    everything = _whole(spec, threads, flips)
+    everything = _whole(spec, threads, rows)
     share = None if isinstance(budget, int) else parse_share(budget)
     if share is not None:
         total = int(share * spec.total_expert_bytes)
@@ -102,6 +127,17 @@ def resolve_budget(
     return total, text + _miss_words(spec, device, profile, threads)
 
 
+def working_room(config: PreTrainedConfig, *, batch: int, length: int, nbytes: int) -> int:
+    """Bytes to leave free beside slots where memory is short: keys, values and a margin.
+
+    Args:
+        batch, length: as for `resolve_budget`.
+        nbytes: bytes of the slots that were asked for.
+    """
+    margin = max(min(_MARGIN, nbytes // 4), nbytes // 20)
+    return kv_bytes(config, batch=batch, length=length) + margin
+
+
 def _miss_words(
     spec: MoESpec, device: torch.device, profile: HardwareProfile | None, threads: int
 ) -> str:
@@ -122,15 +158,15 @@ def _miss_words(
     return f"; one that does not fit takes about {' or '.join(told)} (measured {when})"
 
 
-def _sizes(spec: MoESpec, flips: Sequence[bool] | None) -> list[int]:
+def _sizes(spec: MoESpec, rows: Sequence[RowBlocks | None] | None) -> list[int]:
     """Bytes of a slot of each expert shape."""
-    flips = flips or [False] * len(spec.groups)
-    return [slot_bytes(g, flipped=flip) for g, flip in zip(spec.groups, flips, strict=True)]
+    lie = rows or [None] * len(spec.groups)
+    return [slot_bytes(group, rows=one) for group, one in zip(spec.groups, lie, strict=True)]
 
 
-def _whole(spec: MoESpec, threads: int, flips: Sequence[bool] | None) -> int:
+def _whole(spec: MoESpec, threads: int, rows: Sequence[RowBlocks | None] | None) -> int:
     """A budget in which every expert has a slot."""
-    sizes = _sizes(spec, flips)
+    sizes = _sizes(spec, rows)
     slots = sum(
         layer.num_experts * sizes[spec.group_of(at)] for at, layer in enumerate(spec.layers)
     )
@@ -150,7 +186,7 @@ def least_budget(
     threads: int,
     floor: int,
     disk: bool,
-    flips: Sequence[bool] | None = None,
+    rows: Sequence[RowBlocks | None] | None = None,
     pinned: Sequence[int] = (),
 ) -> int:
     """The smallest budget that works: one layer's top-k of each shape, and staging.
@@ -158,8 +194,8 @@ def least_budget(
     Args:
         pinned: as for `plan_budget`.
     """
-    need = _least_slots(spec, pinned)
-    pools = sum(count * size for count, size in zip(need, _sizes(spec, flips), strict=True))
+    need = least_slots(spec, pinned)
+    pools = sum(count * size for count, size in zip(need, _sizes(spec, rows), strict=True))
     if not disk:
         return pools
     # The piece size depends on the budget, weakly: the fixed point is reached at once or twice.
@@ -176,7 +212,7 @@ def _readers(total: int, threads: int, chunk: int) -> int:
     return max(1, min(threads, total // 8 // bounce_bytes(chunk)))
 
 
-def _least_slots(spec: MoESpec, pinned: Sequence[int]) -> list[int]:
+def least_slots(spec: MoESpec, pinned: Sequence[int]) -> list[int]:
     """Slots of each shape: those of pinned experts, and one token's others of any one layer.
 
     One free slot would be enough to compute with, expert after expert; with fewer than these each
@@ -199,7 +235,7 @@ def plan_budget(
     threads: int,
     floor: int,
     disk: bool,
-    flips: Sequence[bool] | None = None,
+    rows: Sequence[RowBlocks | None] | None = None,
     pinned: Sequence[int] = (),
 ) -> BudgetPlan:
     """Cut a budget into staging and slots.
@@ -209,7 +245,7 @@ def plan_budget(
         threads: reader threads, each with a bounce buffer.
         floor: the smallest piece that can be read (a row that is converted on the way).
         disk: whether anything is read from disk at all.
-        flips: for each expert shape whether its slots hold weights transposed.
+        rows: for each expert shape how its slots hold weights; as the model unless given.
         pinned: for each layer how many of its experts stay in their slots; none if not given.
 
     Raises:
@@ -220,15 +256,15 @@ def plan_budget(
     chunk = _chunk(total, threads, largest, floor)
     readers = _readers(total, threads, chunk)
     staging = readers * bounce_bytes(chunk) if disk else 0
-    least = _least_slots(spec, pinned)
-    sizes = _sizes(spec, flips)
+    least = least_slots(spec, pinned)
+    sizes = _sizes(spec, rows)
     whole = [0] * len(sizes)
     for position, layer in enumerate(spec.layers):
         whole[spec.group_of(position)] += layer.num_experts
     base = sum(count * size for count, size in zip(least, sizes, strict=True))
     if staging + base > total:
         smallest = least_budget(
-            spec, threads=threads, floor=floor, disk=disk, flips=flips, pinned=pinned
+            spec, threads=threads, floor=floor, disk=disk, rows=rows, pinned=pinned
         )
         text = _too_small(spec, total, smallest, staging, max(sizes), pinned)
         # Nobody asked for this number of bytes: say how it came about.

@@ -20,7 +20,7 @@ between and during the steps of other layers. A step that needs it while it is l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,13 +144,31 @@ class ExpertCache:
         """Slots of the layer's pool that hold nothing."""
         return len(self._free[self._group_of[position]])
 
-    def slot_table(self, position: int, device: torch.device) -> torch.Tensor:
-        """int64 `[experts]` on `device`: slot of each expert of a wholly resident layer."""
+    def would_stay(self, position: int, expert: int) -> bool:
+        """Whether an absent expert, given a slot now, would not be the first to leave it."""
+        group, index = self._group_of[position], self._offsets[position] + expert
+        if self._free[group]:
+            return True
+        candidates = np.append(self._candidates(group), index)
+        return int(choose_victims(self.policy, candidates, 1)[0]) != index
+
+    def resident_slots(self, position: int) -> tuple[int, ...]:
+        """The slot of each of a layer's experts, -1 where its bytes are not there."""
         first = self._offsets[position]
-        slots = tuple(self._slot_of[first : first + self.grid.experts[position]])
+        slots = self._slot_of[first : first + self.grid.experts[position]]
+        for index in self._loading:
+            if first <= index < first + len(slots):
+                slots[index - first] = _ABSENT
+        return tuple(slots)
+
+    def slot_table(
+        self, position: int, upload: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """int64 `[experts]`: `resident_slots`, on the device where `upload` puts it."""
+        slots = self.resident_slots(position)
         known = self._tables.get(position)
         if known is None or known[0] != slots:
-            known = (slots, torch.tensor(slots, device=device))
+            known = (slots, upload(torch.tensor(slots)))
             self._tables[position] = known
         return known[1]
 

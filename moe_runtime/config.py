@@ -29,9 +29,9 @@ class RuntimeConfig:
         policy_options: its options, for example `{"counts": [...]}` for `"static"`.
         exact: compute as transformers' eager experts do, bit for bit, instead of fast.
         layout: how weights lie in slots on a CPU: `"native"`, as the model has them; `"rows"`,
-            transposed, so that single tokens decode at memory bandwidth but each miss pays for the
-            transposition; `"auto"`, rows if every expert fits. Their results differ in the last
-            bits, each is the same at every budget.
+            transposed in blocks of rows, so that single tokens decode at memory bandwidth but each
+            miss pays for the transposition; `"auto"`, rows if every expert fits, else native. Their
+            results differ in the last bits, each is the same at every budget.
         reader_threads: threads that read experts from disk, 1 to 16.
         preload: fill the slots before the first step: True, False, or `"auto"` (only if every
             expert fits).
@@ -45,6 +45,9 @@ class RuntimeConfig:
             budget leaves room for. Longer ones still run, as far as memory allows.
         hardware: the profile of this machine, from `moe-runtime hardware`: the path of one,
             `"auto"` for the one that is kept for this machine if there is one, or None.
+        host_execution: whether experts that are missing on a GPU are computed on the host where
+            they lie: `"auto"`, where the hardware profile says that it is sooner; `"never"`;
+            `"always"`. Where an expert is computed changes the last bits of its outputs.
     """
 
     expert_budget: int | str = "auto"
@@ -53,7 +56,7 @@ class RuntimeConfig:
     policy: str = "lru"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
-    layout: str = "native"
+    layout: str = "auto"
     reader_threads: int = 3
     preload: bool | str = "auto"
     plan: str | None = None
@@ -62,6 +65,7 @@ class RuntimeConfig:
     max_batch: int = 1
     max_length: int = 4096
     hardware: str | None = "auto"
+    host_execution: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("expert_budget", "host_budget"):
@@ -78,6 +82,10 @@ class RuntimeConfig:
         self._check_room()
         if self.layout not in ("native", "rows", "auto"):
             raise ConfigError(f"layout must be 'native', 'rows' or 'auto', found {self.layout!r}")
+        if self.host_execution not in ("auto", "never", "always"):
+            raise ConfigError(
+                f"host_execution must be 'auto', 'never' or 'always', found {self.host_execution!r}"
+            )
         if self.preload not in (True, False, "auto"):
             raise ConfigError(f"preload must be True, False or 'auto', found {self.preload!r}")
         if self.plan is not None and not isinstance(self.plan, str):

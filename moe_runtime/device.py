@@ -22,7 +22,8 @@ class Device(Protocol):
     """What the cache and the executor need of a device.
 
     Copies run beside compute; `copy` returns a token, `wait` makes later compute see the copy, and
-    `fence` returns a token that orders a later copy after the compute issued so far.
+    `fence` returns a token that orders a later copy after the compute issued so far. `to_host` and
+    `to_device` carry what is small: routing, rows, numbers of slots.
     """
 
     torch_device: torch.device
@@ -48,6 +49,18 @@ class Device(Protocol):
         Args:
             ahead: it is not needed yet, and need not go before copies that are.
         """
+        ...
+
+    def to_host(self, tensor: torch.Tensor, after: Any) -> tuple[torch.Tensor, Any]:
+        """Start to copy a device tensor once the token `after` has passed.
+
+        Returns:
+            The copy in host memory, which is not to be read before `finish` of the token.
+        """
+        ...
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor for compute issued from now on; nothing waits."""
         ...
 
     def done(self, token: Any) -> bool:
@@ -92,6 +105,14 @@ class CpuDevice:
         for destination, source in pairs:
             destination.copy_(source)
 
+    def to_host(self, tensor: torch.Tensor, after: Any) -> tuple[torch.Tensor, None]:
+        """It is there."""
+        return tensor, None
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """It is there."""
+        return tensor
+
     def done(self, token: Any) -> bool:
         """Copies are already done."""
         return True
@@ -106,7 +127,7 @@ class CpuDevice:
 class CudaDevice:
     """A GPU: copy streams beside the current compute stream, events between them.
 
-    Copies ahead of need have a stream of their own, of lower priority.
+    Copies ahead of need have a stream of their own, of lower priority, and so has the way back.
     """
 
     is_cpu = False
@@ -120,6 +141,7 @@ class CudaDevice:
         )
         self._needed = torch.cuda.Stream(self.torch_device, priority=-1)
         self._ahead = torch.cuda.Stream(self.torch_device)
+        self._back = torch.cuda.Stream(self.torch_device, priority=-1)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Device memory from PyTorch's allocator."""
@@ -152,6 +174,24 @@ class CudaDevice:
         done = torch.cuda.Event()
         done.record(stream)
         return done
+
+    def to_host(
+        self, tensor: torch.Tensor, after: torch.cuda.Event | None
+    ) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """Enqueue on the stream of the way back, into page-locked memory; nothing blocks."""
+        if after is not None:
+            self._back.wait_event(after)
+        held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        with torch.cuda.stream(self._back):
+            held.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._back)  # its memory is not given away before the copy is done
+        done = torch.cuda.Event()
+        done.record(self._back)
+        return held, done
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Enqueue on the compute stream, from page-locked memory."""
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
 
     def done(self, token: torch.cuda.Event | None) -> bool:
         """Whether the event has passed."""

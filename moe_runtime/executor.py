@@ -28,15 +28,12 @@ from moe_runtime.eager import EagerExperts
 from moe_runtime.errors import AttachError, UnsupportedModelError
 from moe_runtime.kernels import (
     ExpertForm,
-    combined,
-    contributions,
     decode_bags,
     decode_loop,
     expert_mlp,
     grouped_experts,
     recognise,
-    slot_experts,
-    triton_takes,
+    rows_of_experts,
 )
 from moe_runtime.loader import ExpertLoader
 from moe_runtime.model_spec import MoELayer
@@ -44,6 +41,7 @@ from moe_runtime.prefetch import Fetcher
 from moe_runtime.profiler import Profiler
 from moe_runtime.routing import LayerRouting, sort_routing, sort_single
 from moe_runtime.rows import rows_of
+from moe_runtime.slot_layers import SlotLayers
 from moe_runtime.slot_transfers import SlotTransfers
 from moe_runtime.slots import ALIGNMENT, SlotPool
 from moe_runtime.steps import SequenceNumbers, Step
@@ -134,11 +132,10 @@ class Executor:
         self.loader = ExpertLoader(cache, transfers, profiler)
         self._numbers = SequenceNumbers()
         self._pools = pools
-        # Where weights lie `[in, out]`, one token's experts are summed from tables of rows.
+        # Where weights lie in blocks of rows, one token's experts are summed from tables of them.
         self._tables = [pool.tables() if by_rows else None for pool in pools]
         self._device = device
-        # How layers are computed over slots; what is no GPU has its own way.
-        self._kernel = "auto"
+        self.slots = SlotLayers(cache, pools, self.loader, transfers, fetcher, device)
         self._lock = threading.RLock()
         self._steps = threading.local()
         self._calls: set[int] = set()
@@ -222,10 +219,14 @@ class Executor:
             try:
                 for listener in self.listeners:
                     listener(handle.position, top_k_index, top_k_weights, step)
-                if self.loader.follows:
+                alone = self._without_host(handle, real)
+                by_slots = not self.exact and self.slots.take(handle.position, hidden, handle.form)
+                if self.loader.follows and (alone or not by_slots):
                     self.tell(handle.position, hidden, top_k_index, step)
-                if self._without_host(handle, real):
+                if alone:
                     return self._on_device(handle, hidden, top_k_index, top_k_weights)
+                if by_slots:
+                    return self._arriving(handle, hidden, top_k_index, top_k_weights, real, step)
                 return self._computed(handle, module, hidden, top_k_index, top_k_weights, real)
             except BaseException:
                 # Also for KeyboardInterrupt: whatever was under way is undone, the cache stays
@@ -255,10 +256,32 @@ class Executor:
         routing = sort_routing(position, top_k_index, count, real)
         if self.exact:
             return self._exact(handle, module, hidden, top_k_index, top_k_weights, routing)
-        if self._by_slots(handle, hidden):
-            return self._arriving(handle, hidden, top_k_weights, routing)
         outputs = self._many(handle, hidden, top_k_index.shape[1], routing)
         return _combine(outputs, hidden, top_k_weights)
+
+    def _arriving(
+        self,
+        handle: LayerHandle,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        real: torch.Tensor | None,
+        step: Step | None,
+    ) -> torch.Tensor:
+        """By kernels over slots; a predictor is told once the choice is on the host anyway."""
+
+        def told(chosen: torch.Tensor) -> None:
+            self.tell(handle.position, hidden, chosen, step)
+
+        return self.slots.arriving(
+            handle.position,
+            hidden,
+            top_k_index,
+            top_k_weights,
+            handle.form,
+            real,
+            told if self.loader.follows else None,
+        )
 
     def _single(
         self, handle: LayerHandle, hidden: torch.Tensor, chosen: list[int], access: Access
@@ -305,46 +328,15 @@ class Executor:
                 outputs.index_copy_(0, pairs, rows)
         return outputs
 
-    def _by_slots(self, handle: LayerHandle, hidden: torch.Tensor) -> bool:
-        """Whether kernels over slots compute this layer, whatever is resident."""
-        if self._kernel == "auto" and not hidden.is_cuda:
-            return False
-        return triton_takes(hidden, self._pool(handle).stacked, handle.form)
-
-    def _arriving(
-        self,
-        handle: LayerHandle,
-        hidden: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        routing: LayerRouting,
-    ) -> torch.Tensor:
-        """The layer by kernels over slots, residents first and each other expert as it arrives.
-
-        The same kernels at the same sizes as where all is resident, so the bits are the same.
-        """
-        tokens, choices = top_k_weights.shape
-        pool, form = self._pool(handle).stacked, handle.form
-        ever = torch.full((choices * tokens,), -1)
-        parts: torch.Tensor | None = None
-        for experts in self.loader.in_ready_order(routing.access):
-            pairs, counts = routing.of(experts)
-            slots = torch.tensor(self.cache.slots_of(handle.position, experts))
-            slots = slots.repeat_interleave(torch.tensor(counts))
-            now = torch.full_like(ever, -1)
-            now[pairs] = ever[pairs] = slots
-            parts = contributions(
-                hidden, now.view(choices, tokens).t().to(hidden.device), pool, form, parts,
-                distinct=handle.layer.num_experts, kernel=self._kernel,
-            )  # fmt: skip
-        if parts is None:
-            return torch.zeros_like(hidden)
-        slots = ever.view(choices, tokens).t().to(hidden.device)
-        return combined(parts, slots, top_k_weights, form, hidden.dtype, kernel=self._kernel)
-
     def _rows(
         self, handle: LayerHandle, inputs: torch.Tensor, experts: list[int], counts: list[int]
     ) -> torch.Tensor:
         """Outputs of some experts on their rows `inputs [n, D]`, `counts` rows each."""
+        tables = self._tables[self.cache.group(handle.position)]
+        if tables is not None:
+            held = self.cache.slots_of(handle.position, experts)
+            stacked = self._pool(handle).stacked
+            return rows_of_experts(inputs, counts, held, tables, stacked, handle.form)
         if self._device.is_cpu:
             parts = zip(inputs.split(counts), self._held(handle, experts), strict=True)
             return torch.cat([expert_mlp(part, held, handle.form) for part, held in parts])
@@ -438,8 +430,8 @@ class Executor:
             return
         ids = top_k_index.detach()
         if step.real is not None:
-            real = step.real.to(hidden.device)
-            hidden, ids = hidden[real], ids[real]
+            hidden = hidden[step.real.to(hidden.device)]
+            ids = ids[step.real.to(ids.device)]
         chosen = ids.to("cpu").numpy().astype(np.int64)
         chosen[chosen >= self.cache.grid.experts[position]] = -1
         self.loader.observe(position, chosen, hidden.detach())
@@ -449,8 +441,7 @@ class Executor:
         with self._lock:
             pool = self._pools[self.cache.group(position)]
             if self.cache.is_resident(position, expert):
-                held = pool.targets(self.cache.slot(position, expert))
-                return tuple(tensor.to("cpu", copy=True) for tensor in held)
+                return pool.copies(self.cache.slot(position, expert))
             return self.fetcher.read_now(position, expert, pool.params)
 
     # -- the device -----------------------------------------------------------------------------
@@ -483,17 +474,11 @@ class Executor:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
+        position, experts = handle.position, handle.layer.num_experts
+        if self.slots.take(position, hidden, handle.form):
+            return self.slots.resident(position, hidden, top_k_index, top_k_weights, handle.form)
         tokens, choices = top_k_index.shape
-        table = self.cache.slot_table(handle.position, hidden.device)
-        experts = handle.layer.num_experts
-        if self._by_slots(handle, hidden):
-            held = table[top_k_index.clamp_max(experts - 1)]
-            held = held.masked_fill(top_k_index >= experts, -1)
-            pool = self._pool(handle).stacked
-            return slot_experts(
-                hidden, held, top_k_weights, pool, handle.form, distinct=experts,
-                kernel=self._kernel,
-            )  # fmt: skip
+        table = self.cache.slot_table(position, self._device.to_device)
         flat = top_k_index.t().reshape(-1)
         held = table[flat.clamp_max(experts - 1)]
         rows = torch.arange(tokens, device=hidden.device).repeat(choices)

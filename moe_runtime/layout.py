@@ -1,4 +1,4 @@
-"""How experts lie in slots: as the model has them, or transposed for sums of rows.
+"""How experts lie in slots: as the model has them, or in blocks of rows, for sums of rows.
 
 Chosen once from the spec, the device and the options, never from what is measured, so that results
 do not depend on the run. Knows no cache.
@@ -12,12 +12,13 @@ from moe_runtime.checkpoint import ExpertMap
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.kernels import bags_are_fast
 from moe_runtime.model_spec import MoESpec
+from moe_runtime.slots import RowBlocks
 
-__all__ = ["flipped_groups", "largest_whole_row", "lies_by_rows"]
+__all__ = ["largest_whole_row", "lies_by_rows", "row_blocks"]
 
 
 def lies_by_rows(spec: MoESpec, layout: str, *, on_cpu: bool, exact: bool, fits: bool) -> bool:
-    """Whether all weights are to lie `[in, out]`.
+    """Whether all weights are to lie in blocks of rows.
 
     Args:
         layout: `"native"`, `"rows"` or `"auto"`.
@@ -31,15 +32,17 @@ def lies_by_rows(spec: MoESpec, layout: str, *, on_cpu: bool, exact: bool, fits:
     return all(bags_are_fast(dtype) for dtype in dtypes)
 
 
-def flipped_groups(spec: MoESpec, *, by_rows: bool) -> tuple[bool, ...]:
-    """For each expert shape whether its slots hold weights transposed."""
+def row_blocks(spec: MoESpec, *, by_rows: bool) -> tuple[RowBlocks | None, ...]:
+    """For each expert shape how its slots hold weights."""
     found: dict[int, bool] = {}
     for position, layer in enumerate(spec.layers):
         if found.setdefault(spec.group_of(position), layer.transposed) != layer.transposed:
             raise UnsupportedModelError(
                 f"{layer.path}: experts of one shape, but weights in two orientations"
             )
-    return tuple(by_rows and not found[group] for group in range(len(spec.groups)))
+    if not by_rows:
+        return (None,) * len(spec.groups)
+    return tuple(RowBlocks(transposed=found[group]) for group in range(len(spec.groups)))
 
 
 def largest_whole_row(spec: MoESpec, experts: ExpertMap, *, by_rows: bool) -> int:

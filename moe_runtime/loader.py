@@ -48,6 +48,11 @@ class Transfers(Protocol):
         ...
 
     @property
+    def busy_bytes(self) -> int:
+        """Their bytes."""
+        ...
+
+    @property
     def rate(self) -> float | None:
         """Bytes a second while busy; None before it is known."""
         ...
@@ -142,9 +147,19 @@ class ExpertLoader:
         self._transfers = transfers
         self._clock = clock
         self._landing: dict[tuple[int, int], Arrival] = {}
+        self._behind = False  # whether anything has ever been brought in behind its need
         self._free_since: float | None = None  # when the link had brought what was needed last
 
     # -- the forward call around the layers -----------------------------------------------------
+
+    @property
+    def busy_bytes(self) -> int:
+        """Bytes that are on their way to the device."""
+        # What the host has handed over and the device does not have yet is no longer in flight.
+        landing = self._landing.values()
+        return self._transfers.busy_bytes + sum(
+            arrival.nbytes for arrival in landing if not self._transfers.done(arrival.token)
+        )
 
     @property
     def follows(self) -> bool:
@@ -227,13 +242,22 @@ class ExpertLoader:
             self.profiler.layer_step(access, 0, 0, 0.0)
         return slots
 
-    def in_ready_order(self, access: Access) -> Iterator[list[int]]:
+    def in_ready_order(
+        self, access: Access, elsewhere: Callable[[list[int]], Sequence[int]] | None = None
+    ) -> Iterator[list[int]]:
         """Groups of experts, each yielded once, while they are in their slots.
 
         First what is resident, with the reads of the rest under way; then as reads end.
+
+        Args:
+            elsewhere: told the misses, before any is asked for, takes those that it has computed
+                without a slot: they are neither brought nor yielded.
         """
         position = access.position
         hits, step = self._request(access)
+        if elsewhere is not None and step.waiting:
+            taken = set(elsewhere(list(step.waiting)))
+            step.waiting = deque(expert for expert in step.waiting if expert not in taken)
         self._request_more(step)
         self._load_ahead(position)
         # While some experts wait for a slot, each slot is handed on as soon as it is done with.
@@ -271,6 +295,25 @@ class ExpertLoader:
             yield expert
             self._release(position, [expert])
         self._end(step, access)
+
+    def bring_behind(self, position: int, expert: int) -> bool:
+        """Start to bring in an absent expert for later steps, if nothing else is on its way.
+
+        Not one that the policy would have leave first.
+
+        Returns:
+            Whether it is on its way now.
+        """
+        if self._transfers.in_flight or self._landing or self.cache.slot(position, expert) >= 0:
+            return False
+        if not self.cache.would_stay(position, expert):
+            return False
+        loading = self.cache.load_ahead(position, expert)
+        self._note("ahead", position, expert, loading)
+        if loading:
+            self._behind = True
+            self._transfers.start(position, expert, ahead=True)
+        return loading
 
     def preload(self, wanted: Sequence[Sequence[int]] | None = None) -> None:
         """Fill free slots with experts, layer by layer, in order, as far as they go.
@@ -417,7 +460,7 @@ class ExpertLoader:
 
     def _land(self) -> None:
         """Take in what has arrived ahead of its need, without waiting."""
-        if self.prediction is None:
+        if self.prediction is None and not self._behind:
             return
         while self._transfers.in_flight and self._transfers.has_finished():
             self._ended_ahead(self._transfers.next_finished()[0])

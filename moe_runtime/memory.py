@@ -6,12 +6,16 @@ Readings only; what to do with them is decided elsewhere.
 from __future__ import annotations
 
 import contextlib
+import errno
+import textwrap
 from pathlib import Path
 
 import psutil
 import torch
 
-__all__ = ["free_memory", "mapped_bytes", "peak_rss", "resident_set"]
+__all__ = ["free_memory", "hand_back", "mapped_bytes", "peak_rss", "refusal", "resident_set"]
+
+_REFUSED = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 def free_memory(device: torch.device) -> int:
@@ -24,6 +28,28 @@ def free_memory(device: torch.device) -> int:
         if limit < 1 << 60:  # "unlimited" is a huge number in version 1
             free = min(free, max(limit - used, 0))
     return free
+
+
+def refusal(error: BaseException) -> str:
+    """What an error says in short, if it is that there is no memory; else empty.
+
+    Devices, pinned memory, PyTorch on the CPU and the system each say it by an error of their own.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    known = isinstance(error, kinds) or getattr(error, "errno", None) == errno.ENOMEM
+    if not known and isinstance(error, RuntimeError):
+        found = [line for line in lines if any(word in line.lower() for word in _REFUSED)]
+        known, lines = bool(found), found or lines
+    if not known:
+        return ""
+    return textwrap.shorten(lines[0] or type(error).__name__, 100, placeholder=" ...")
+
+
+def hand_back(device: torch.device) -> None:
+    """Give the device the memory that PyTorch keeps for later, so that it counts as free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def resident_set() -> int:

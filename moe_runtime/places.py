@@ -90,7 +90,9 @@ class Placing:
     proved: bool
 
 
-def choose_place(misses: Sequence[MissCost], busy: Busy | None = None) -> Placing:
+def choose_place(
+    misses: Sequence[MissCost], busy: Busy | None = None, *, thorough: bool = True
+) -> Placing:
     """Assign each miss to a place so that all are done soon. Deterministic.
 
     The fetched go through two stages, link and device, each one at a time, in the order that is
@@ -102,6 +104,10 @@ def choose_place(misses: Sequence[MissCost], busy: Busy | None = None) -> Placin
     the host is taken, since what is fetched stays.
 
     The value of an expert that stays for later steps is not weighed otherwise.
+
+    Args:
+        thorough: if False, more than 8 are only cut where it is best in the first of these orders,
+            by host over link or device time: a fraction of a millisecond for any number.
     """
     busy = busy or Busy()
     if not misses:
@@ -121,7 +127,7 @@ def choose_place(misses: Sequence[MissCost], busy: Busy | None = None) -> Placin
         best = int(seconds.argmin())
         chosen, shortest = masks[best], float(seconds[best])
     else:
-        chosen, shortest = _searched(costs, busy)
+        chosen, shortest = _searched(costs, busy, _ROUNDS if thorough else 0)
     ends = _seconds(np.array([[False], [True]]).repeat(len(misses), axis=1), costs, busy)
     return Placing(
         fetch=tuple(i for i, hosted in zip(order, chosen, strict=True) if not hosted),
@@ -134,9 +140,15 @@ def choose_place(misses: Sequence[MissCost], busy: Busy | None = None) -> Placin
 
 
 def miss_cost(
-    profile: HardwareProfile, device: str, *, nbytes: int, tokens: int, row_bytes: int
+    profile: HardwareProfile,
+    device: str,
+    *,
+    nbytes: int,
+    tokens: int,
+    row_bytes: int,
+    pinned: bool = True,
 ) -> MissCost | None:
-    """What a profile says of one miss whose weights lie in page-locked host memory.
+    """What a profile says of one miss whose weights lie in host memory.
 
     The way back from the device, which is not measured, is taken to be as fast as the way there.
 
@@ -145,11 +157,12 @@ def miss_cost(
         nbytes: of the expert's weights.
         tokens: rows that were routed to it.
         row_bytes: of one row of hidden state.
+        pinned: whether the weights lie in page-locked memory; the rows do.
 
     Returns:
         None where the profile lacks one of the times.
     """
-    fetch = profile.copy_seconds(device, nbytes)
+    fetch = profile.copy_seconds(device, nbytes, pinned=pinned)
     there = profile.copy_seconds(device, tokens * row_bytes)
     on_device = profile.expert_seconds(device, tokens, nbytes=nbytes)
     on_host = profile.expert_seconds("host", tokens, nbytes=nbytes)
@@ -195,16 +208,16 @@ def _seconds(masks: Masks, costs: FloatArray, busy: Busy) -> FloatArray:
     return result
 
 
-def _searched(costs: FloatArray, busy: Busy) -> tuple[NDArray[np.bool_], float]:
+def _searched(costs: FloatArray, busy: Busy, rounds: int) -> tuple[NDArray[np.bool_], float]:
     """A good assignment of many misses, and its seconds: the best end of several descents."""
     count = len(costs)
-    masks = _cuts(costs)
+    masks = _cuts(costs)[: None if rounds else 1]
     seconds = _seconds(masks.reshape(-1, count), costs, busy).reshape(masks.shape[:2])
     orders = np.arange(len(masks))
     at = seconds.argmin(axis=1)
     chosen, shortest = masks[orders, at], seconds[orders, at]
-    changes = _changes(count)
-    for _ in range(_ROUNDS):
+    changes = _changes(count) if rounds else np.empty((0, count), dtype=bool)
+    for _ in range(rounds):
         around = chosen[:, None, :] ^ changes
         seconds = _seconds(around.reshape(-1, count), costs, busy).reshape(around.shape[:2])
         at = seconds.argmin(axis=1)

@@ -123,6 +123,15 @@ class Fetcher:
         return len(self._in_flight)
 
     @property
+    def busy_bytes(self) -> int:
+        """Their bytes, of those whose copies may still be under way."""
+        return sum(
+            sum(t.nbytes for t in fetch.target)
+            for fetch in self._in_flight.values()
+            if not self._device.done(fetch.token) or fetch.token is None
+        )
+
+    @property
     def rate(self) -> float | None:
         """Bytes a second that arrive while anything is being read; None before it is known."""
         return self._meter.rate
@@ -158,14 +167,13 @@ class Fetcher:
         """
         fetch = Fetch(position, expert, target, target, after, ahead)
         self._in_flight[fetch.key] = fetch
-        held = self._store.host_tensors(position, expert)
-        if held is None and self._host is not None:
-            held = self._host.lookup(position, expert)
+        held = self.in_host(position, expert)
         if held is not None:
             fetch.from_host = True
             fetch.nbytes = sum(t.numel() * t.element_size() for t in held)
             fetch.begun = True
-            pairs = list(zip(target, held, strict=True))
+            # A slot may have a dimension of the model in two.
+            pairs = [(t, one.reshape(t.shape)) for t, one in zip(target, held, strict=True)]
             fetch.token = self._device.copy(pairs, after, ahead=ahead)
             if self._host is not None:
                 self._host.lease(position, expert, fetch.token)
@@ -181,6 +189,18 @@ class Fetcher:
         with self._wake:
             (self._ahead if ahead else self._work).extend((fetch, piece) for piece in pieces)
             self._wake.notify(len(pieces))
+
+    def in_host(self, position: int, expert: int) -> Tensors | None:
+        """The expert's tensors if they lie in host memory, as the model has them, else None."""
+        held = self._store.host_tensors(position, expert)
+        if held is None and self._host is not None:
+            held = self._host.lookup(position, expert)
+        return held
+
+    def keep_in_host(self, position: int, expert: int, token: Any) -> None:
+        """Whoever wants the memory of these host tensors waits for `token` first."""
+        if self._host is not None and self._store.host_tensors(position, expert) is None:
+            self._host.lease(position, expert, token)
 
     def promote(self, position: int, expert: int) -> None:
         """An expert that is on its way ahead is needed now: the rest of it goes first."""

@@ -49,6 +49,10 @@ class Profiler:
     # Of the bytes above those that were fetched ahead of need, and of those what was called off.
     ahead_bytes: IntArray = field(init=False)
     withdrawn_bytes: int = 0
+    # Missing experts that the host computed, with their rows, and the seconds of computing them.
+    hosted: IntArray = field(init=False)
+    hosted_rows: int = 0
+    hosted_seconds: float = 0.0
     expert_seconds: float = 0.0
     steps: list[StepRecord] = field(default_factory=list)
     dropped_steps: int = 0
@@ -63,6 +67,7 @@ class Profiler:
         self.bytes_read = np.zeros(self.layers, np.int64)
         self.host_bytes = np.zeros(self.layers, np.int64)
         self.ahead_bytes = np.zeros(self.layers, np.int64)
+        self.hosted = np.zeros(self.layers, np.int64)
         self.stall_seconds = [0.0] * self.layers
         self.totals = dict.fromkeys(
             (

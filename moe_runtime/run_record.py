@@ -55,6 +55,13 @@ def run_record(
             "staging_bytes": budget.staging,
             "share": round(sum(budget.slots) / whole, 6),
             "explanation": budget.explanation,
+            "shrunk": None
+            if budget.shrunk is None
+            else {
+                "slots": sum(budget.shrunk.asked),
+                "slot_bytes": budget.shrunk.nbytes,
+                "why": budget.shrunk.why,
+            },
         },
         "machine": machine(device),
         "counters": _counters(cache, profiler),
@@ -64,6 +71,7 @@ def run_record(
                 "hits": int(cache.counters.hits[position]),
                 "misses": int(cache.counters.misses[position]),
                 "bytes_read": int(profiler.bytes_read[position]),
+                "hosted": int(profiler.hosted[position]),
                 "stall_seconds": round(profiler.stall_seconds[position], 6),
             }
             for position, layer in enumerate(spec.layers)
@@ -115,6 +123,9 @@ def _counters(cache: ExpertCache, profiler: Profiler) -> dict[str, Any]:
         "rereads": cache.counters.rereads,
         "bytes_read": int(profiler.bytes_read.sum()),
         "host_bytes": int(profiler.host_bytes.sum()),
+        "hosted": int(profiler.hosted.sum()),
+        "hosted_rows": profiler.hosted_rows,
+        "hosted_seconds": round(profiler.hosted_seconds, 6),
         "stall_seconds": round(sum(profiler.stall_seconds), 6),
         "expert_seconds": round(profiler.expert_seconds, 6),
         "step_seconds": round(totals["step_seconds"], 6),

@@ -19,7 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moe_runtime import interface
-from moe_runtime.budget import BudgetPlan, plan_budget, resolve_budget
+from moe_runtime.budget import (
+    BudgetPlan,
+    least_slots,
+    plan_budget,
+    resolve_budget,
+    working_room,
+)
 from moe_runtime.cache import ExpertCache
 from moe_runtime.checkpoint import ExpertMap, map_experts
 from moe_runtime.config import RuntimeConfig
@@ -36,8 +42,10 @@ from moe_runtime.expert_tensors import (
     place_placeholders,
 )
 from moe_runtime.hardware.cache import known_profile
+from moe_runtime.host_experts import HostBatch
+from moe_runtime.hosting import make_hosting
 from moe_runtime.kernels import ExpertForm
-from moe_runtime.layout import flipped_groups, largest_whole_row, lies_by_rows
+from moe_runtime.layout import largest_whole_row, lies_by_rows, row_blocks
 from moe_runtime.loading import (
     build_structure,
     load_without_experts,
@@ -63,7 +71,8 @@ from moe_runtime.report import Report
 from moe_runtime.run_record import run_record
 from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, resolve_shards
 from moe_runtime.saving import ExpertStateDict
-from moe_runtime.slots import SlotPool, slot_bytes
+from moe_runtime.slot_memory import allocate_host_tier, allocate_pools, dense_memory
+from moe_runtime.slots import RowBlocks, SlotPool, slot_bytes
 from moe_runtime.steps import begin_step, step_modules
 from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store
 from moe_runtime.trace_writer import open_writer
@@ -158,8 +167,8 @@ class Runtime:
         by_rows = not in_place and self._by_rows()
         floor = largest_whole_row(self.spec, experts, by_rows=by_rows) if experts else 0
         disk = experts is not None
-        flips = flipped_groups(self.spec, by_rows=by_rows)
-        total, text = self._resolve(flips)
+        rows = row_blocks(self.spec, by_rows=by_rows)
+        total, text = self._resolve(rows)
         pinned = self.pinning.counts if self.pinning else ()
         if not in_place:
             self.budget = plan_budget(
@@ -169,15 +178,24 @@ class Runtime:
                 threads=threads,
                 floor=floor,
                 disk=disk,
-                flips=flips,
+                rows=rows,
                 pinned=pinned,
+            )
+            pools, self.budget = allocate_pools(
+                self.spec,
+                self.budget,
+                self.device,
+                rows=rows,
+                least=least_slots(self.spec, pinned),
+                room=working_room(
+                    self.model.config,
+                    batch=self.config.max_batch,
+                    length=self.config.max_length,
+                    nbytes=self.budget.pools,
+                ),
             )
             counts: tuple[int, ...] = self.budget.slots
             groups = [self.spec.group_of(p) for p in range(len(self.spec.layers))]
-            pools = [
-                SlotPool(params, count, self.device.allocate, flipped=flip)
-                for params, count, flip in zip(self.spec.groups, counts, flips, strict=True)
-            ]
         else:
             counts = grid.experts
             groups = list(range(len(self.spec.layers)))
@@ -216,6 +234,24 @@ class Runtime:
             exact=self.config.exact,
             by_rows=by_rows,
         )
+        if self.config.host_execution == "always" and (self.device.is_cpu or self.config.exact):
+            why = (
+                "exact=True computes every expert on the device"
+                if self.config.exact
+                else ("the model computes on the host anyway")
+            )
+            _LOG.warning("host_execution='always' changes nothing: %s", why)
+        if self.config.layout == "rows" and not by_rows and not in_place:
+            _LOG.warning(
+                "layout='rows' cannot be had here (it needs a CPU with AVX2, float32, float16 or "
+                "bfloat16 experts, and exact=False): weights lie as the model has them"
+            )
+        if not self.device.is_cpu and not self.config.exact:
+            self.executor.slots.hosting = make_hosting(
+                self.config.host_execution,
+                known_profile(self.config.hardware),
+                str(self.device.torch_device),
+            )
         if self.predictor is not None:
             if not self.device.is_cpu:
                 self._fetcher.measure_copies(max(layer.expert_bytes for layer in self.spec.layers))
@@ -226,9 +262,10 @@ class Runtime:
             self.cache.adopt_all()
         # The runtime outlives the model that it was made for where a deep copy of that goes on.
         weakref.finalize(self, self._fetcher.close)
+        weakref.finalize(self, self.executor.slots.close)
 
     def _by_rows(self) -> bool:
-        """Whether weights are to lie transposed in the slots."""
+        """Whether weights are to lie in blocks of rows."""
         total, _ = self._resolve(None)
         everything = sum(slot_bytes(x.params) * x.num_experts for x in self.spec.layers)
         return lies_by_rows(
@@ -239,14 +276,14 @@ class Runtime:
             fits=total >= everything,
         )
 
-    def _resolve(self, flips: Sequence[bool] | None) -> tuple[int, str]:
+    def _resolve(self, rows: Sequence[RowBlocks | None] | None) -> tuple[int, str]:
         return resolve_budget(
             self.config.expert_budget,
             self.spec,
             self.model.config,
             self.device.torch_device,
             threads=self.config.reader_threads,
-            flips=flips,
+            rows=rows,
             batch=self.config.max_batch,
             length=self.config.max_length,
             dense=self._dense_to_come(),
@@ -258,7 +295,7 @@ class Runtime:
         if self.device.is_cpu:
             # Loaded, they are the checkpoint's mapped pages, which count as free.
             return min(self.spec.dense_bytes, mapped_bytes(".safetensors"))
-        return 0 if self.paged else self.spec.dense_bytes
+        return 0  # they are on the device before the slots
 
     def _read_forms(self) -> None:
         model = self.model
@@ -282,8 +319,20 @@ class Runtime:
         plan = plan_budget(
             self.spec, total, "host", threads=self.config.reader_threads, floor=0, disk=False
         )
-        counts = [max(host, fast) for host, fast in zip(plan.slots, self.budget.slots, strict=True)]
-        return HostTier(self.spec, counts, self.device.allocate_host, self.device.finish)
+
+        def finish(token: Any) -> None:
+            if isinstance(token, HostBatch):
+                token.wait()
+            else:
+                self.device.finish(token)
+
+        fast = self.budget.slots
+        asked = tuple(max(each) for each in zip(plan.slots, fast, strict=True))
+        tier, change = allocate_host_tier(self.spec, asked, self.device, least=fast, finish=finish)
+        if change:
+            told = f"{self.budget.explanation}; {change}"
+            self.budget = replace(self.budget, explanation=told)
+        return tier
 
     def install(self) -> None:
         """Hook into the model: its experts, and around its forward calls."""
@@ -429,7 +478,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
     policy: str = "lru",
     policy_options: Mapping[str, Any] | None = None,
     exact: bool = False,
-    layout: str = "native",
+    layout: str = "auto",
     reader_threads: int = 3,
     preload: bool | str = "auto",
     plan: PlanLike | None = None,
@@ -438,6 +487,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
     max_batch: int = 1,
     max_length: int = 4096,
     hardware: str | None = "auto",
+    host_execution: str = "auto",
     auto_class: str | None = None,
     **hf_kwargs: Any,
 ) -> Any:
@@ -451,7 +501,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
             at the start and stay; the policy has the rest of the budget.
         predictor: a predictor file (`moe-runtime train-predictor`) or a `Predictor`: experts are
             loaded ahead of their layers and kept by what it forecasts, as long as that pays.
-        prediction_options, max_batch, max_length, hardware: see `RuntimeConfig`.
+        prediction_options, max_batch, max_length, hardware, host_execution: see `RuntimeConfig`.
         auto_class: name of the auto class to load with; None for the first that knows the model.
         hf_kwargs: passed on (`revision`, `subfolder`, `variant`, `local_files_only`, `dtype`, ...).
 
@@ -484,6 +534,7 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
         max_batch=max_batch,
         max_length=max_length,
         hardware=hardware,
+        host_execution=host_execution,
     )
     place = open_device(device)
     before = resident_set()
@@ -501,7 +552,8 @@ def from_pretrained(  # noqa: PLR0913  the options of `RuntimeConfig`
     experts = map_experts(
         model, spec, files, structure.keys, key_mapping=options.get("key_mapping")
     )
-    model.to(place.torch_device)  # type: ignore[arg-type]
+    with dense_memory(spec, place.torch_device):
+        model.to(place.torch_device)  # type: ignore[arg-type]
     runtime = Runtime(
         model,
         spec,
@@ -530,7 +582,7 @@ def attach(  # noqa: PLR0913  as above
     policy: str = "lru",
     policy_options: Mapping[str, Any] | None = None,
     exact: bool = False,
-    layout: str = "native",
+    layout: str = "auto",
     reader_threads: int = 3,
     preload: bool | str = "auto",
     plan: PlanLike | None = None,
@@ -539,6 +591,7 @@ def attach(  # noqa: PLR0913  as above
     max_batch: int = 1,
     max_length: int = 4096,
     hardware: str | None = "auto",
+    host_execution: str = "auto",
 ) -> PreTrainedModel:
     """Run a model that is already in memory through the runtime; its Parameters are the host tier.
 
@@ -572,6 +625,7 @@ def attach(  # noqa: PLR0913  as above
         max_batch=max_batch,
         max_length=max_length,
         hardware=hardware,
+        host_execution=host_execution,
     )
     place = open_device(device)
     spec = read_spec(model)
@@ -592,12 +646,17 @@ def attach(  # noqa: PLR0913  as above
         pinning=None if chosen is None else chosen.for_model(spec),
         predictor=open_predictor(predictor, spec),
     )
-    in_place = place.is_cpu and expert_budget == "auto"
-    runtime.open(indexed=indexed, in_place=in_place)
     if place.is_cpu:
+        runtime.open(indexed=indexed, in_place=expert_budget == "auto")
         _LOG.warning("attach frees no memory on a CPU: the model's experts stay in RAM")
     else:
-        move_dense(model, spec, place.torch_device)
+        try:
+            with dense_memory(spec, place.torch_device):
+                move_dense(model, spec, place.torch_device)
+            runtime.open(indexed=indexed)
+        except BaseException:
+            move_dense(model, spec, torch.device("cpu"))
+            raise
     runtime.install()
     _preload(runtime)
     return model

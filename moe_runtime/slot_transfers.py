@@ -26,11 +26,18 @@ class SlotTransfers:
         self._pools = pools
         self._fetcher = fetcher
         self._device = device
+        # What the slots that are given away now were last read before; None for all compute so far.
+        self.after: Any = None
 
     @property
     def in_flight(self) -> int:
         """Transfers started and not yet taken."""
         return self._fetcher.in_flight
+
+    @property
+    def busy_bytes(self) -> int:
+        """Their bytes."""
+        return self._fetcher.busy_bytes
 
     @property
     def rate(self) -> float | None:
@@ -41,7 +48,8 @@ class SlotTransfers:
         """Begin to bring an expert into its slot, after the compute that still reads the slot."""
         pool = self._pools[self._cache.group(position)]
         target = pool.targets(self._cache.slot(position, expert))
-        self._fetcher.submit(position, expert, target, after=self._device.fence(), ahead=ahead)
+        after = self._device.fence() if self.after is None else self.after
+        self._fetcher.submit(position, expert, target, after=after, ahead=ahead)
 
     def next_finished(self) -> tuple[Fetch, float]:
         """The next to end, and the seconds waited for it."""

@@ -7,40 +7,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from moe_runtime.model_spec import ExpertParam
 
-__all__ = ["ALIGNMENT", "SlotPool", "slot_bytes"]
+__all__ = ["ALIGNMENT", "RowBlocks", "SlotPool", "block_width", "slot_bytes"]
 
 # Every slot starts alike, so that kernels that look at alignment take the same path in each: an
 # expert's result must not depend on the slot that it lies in.
 ALIGNMENT = 64
 
 
-def _stored_shape(param: ExpertParam, flipped: bool) -> tuple[int, ...]:
-    return param.shape[::-1] if flipped else param.shape
+# A sum of rows keeps its result in registers while a row has no more elements than about this; a
+# wider one is passed over several times. Narrower rows only add to the number of sums.
+_WIDEST, _BEST, _UNIT = 256, 128, 32
 
 
-def _stride(param: ExpertParam, flipped: bool) -> int:
+@dataclass(frozen=True, kw_only=True)
+class RowBlocks:
+    """Weights lie as blocks of rows, `[out / width, in, width]`, to be computed by sums of rows.
+
+    Args:
+        transposed: the model has its weights `[in, out]`, not `[out, in]`.
+    """
+
+    transposed: bool
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in a slot of a tensor of this shape in the model; vectors stay as they are."""
+        if len(shape) != 2:
+            return shape
+        out, inner = shape[::-1] if self.transposed else shape
+        width = block_width(out)
+        return (out // width, inner, width)
+
+    def as_model(self, held: torch.Tensor) -> torch.Tensor:
+        """The same memory, a model's tensor but for its `out`, which is two dimensions here."""
+        if held.dim() != 3:
+            return held
+        return held.permute(1, 0, 2) if self.transposed else held.permute(0, 2, 1)
+
+
+def block_width(out: int) -> int:
+    """Elements of a row in a block of a weight with so many outputs; all if nothing divides it."""
+    fitting = [w for w in range(_UNIT, _WIDEST + 1, _UNIT) if out % w == 0]
+    return min(fitting, key=lambda w: (w < _BEST, abs(w - _BEST)), default=out)
+
+
+def _stored_shape(param: ExpertParam, rows: RowBlocks | None) -> tuple[int, ...]:
+    return param.shape if rows is None else rows.stored(param.shape)
+
+
+def _stride(param: ExpertParam, rows: RowBlocks | None) -> int:
     """Bytes from one slot's tensor to the next slot's: aligned, and a whole number of rows."""
-    row = _stored_shape(param, flipped)[-1] * param.dtype.itemsize
+    row = _stored_shape(param, rows)[-1] * param.dtype.itemsize
     unit = math.lcm(ALIGNMENT, row) if len(param.shape) > 1 else ALIGNMENT
     return -(-param.nbytes // unit) * unit
 
 
-def slot_bytes(params: Sequence[ExpertParam], *, flipped: bool = False) -> int:
+def slot_bytes(params: Sequence[ExpertParam], *, rows: RowBlocks | None = None) -> int:
     """Bytes that one slot takes, alignment included."""
-    return sum(_stride(param, flipped) for param in params)
+    return sum(_stride(param, rows) for param in params)
 
 
 class SlotPool:
     """`count` slots; each holds one expert's tensors.
 
     Args:
-        flipped: weights lie transposed in the slots: `[in, out]` where the model has `[out, in]`,
-            and the other way round.
+        rows: weights lie as blocks of rows; None if they lie as the model has them.
 
     Attributes:
         stacked: for each tensor of an expert, all slots as one `[count, *shape as stored]` view.
@@ -52,18 +88,18 @@ class SlotPool:
         count: int,
         allocate: Callable[[int], torch.Tensor],
         *,
-        flipped: bool = False,
+        rows: RowBlocks | None = None,
     ) -> None:
         self.params = tuple(params)
         self.count = count
-        self.flipped = flipped
+        self.rows = rows
         self.stacked = tuple(self._stack(param, allocate) for param in params)
         self._slots = self._views()
 
     def _stack(self, param: ExpertParam, allocate: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        stride = _stride(param, self.flipped)
+        stride = _stride(param, self.rows)
         flat = allocate(stride * self.count)[: stride * self.count].view(param.dtype)
-        shape = _stored_shape(param, self.flipped)
+        shape = _stored_shape(param, self.rows)
         inner: list[int] = []
         step = 1
         for size in reversed(shape):
@@ -89,7 +125,7 @@ class SlotPool:
         pool = cls.__new__(cls)
         pool.params = tuple(params)
         pool.count = len(indexed[0])
-        pool.flipped = False
+        pool.rows = None
         pool.stacked = tuple(one for one in indexed if isinstance(one, torch.Tensor))
         pool._slots = tuple(tuple(one[slot] for one in indexed) for slot in range(pool.count))
         return pool
@@ -99,12 +135,21 @@ class SlotPool:
         return self._slots[slot]
 
     def targets(self, slot: int) -> tuple[torch.Tensor, ...]:
-        """The same memory in the model's own shapes, to be filled or copied from."""
+        """The same memory to be filled, in the model's own shapes.
+
+        Of weights in blocks the dimension of outputs is two, `[blocks, width]`.
+        """
         held = self._slots[slot]
-        return tuple(t.mT if self.flipped and t.dim() == 2 else t for t in held)
+        return held if self.rows is None else tuple(self.rows.as_model(one) for one in held)
+
+    def copies(self, slot: int) -> tuple[torch.Tensor, ...]:
+        """What is in a slot, in host memory of its own and in the model's own shapes."""
+        pairs = zip(self.targets(slot), self.params, strict=True)
+        copied = [held.to("cpu", copy=True).reshape(param.shape) for held, param in pairs]
+        return tuple(tensor.contiguous() for tensor in copied)
 
     def tables(self) -> tuple[tuple[torch.Tensor, int], ...]:
-        """Each weight of all slots as one table of rows, and the rows from slot to slot."""
+        """Each tensor of all slots as one table of rows, and the rows from slot to slot."""
         result = []
         for stack in self.stacked:
             width = stack.shape[-1]

@@ -21,6 +21,7 @@ import torch
 from moe_runtime.checkpoint import ExpertMap, Segment
 from moe_runtime.core import ExpertId
 from moe_runtime.errors import CheckpointError, ExpertReadError
+from moe_runtime.filling import fill
 from moe_runtime.model_spec import MoESpec
 from moe_runtime.slots import SlotPool
 
@@ -175,7 +176,7 @@ class DiskStore:
             and not segment.interleaved
             and destination.is_contiguous()
         )
-        into = segment.target(destination)
+        start = segment.target(destination).data_ptr() if plain else 0
         begin = 0
         total = 0
         limit = bounce.limit
@@ -185,15 +186,15 @@ class DiskStore:
             inside, got = self._fill(position, expert, segment, offset + begin, size, bounce)
             total += got
             if plain:
-                start = into.data_ptr() + piece.first * row_bytes + begin
-                ctypes.memmove(start, bounce.address + inside, size)
+                to = start + piece.first * row_bytes + begin
+                ctypes.memmove(to, bounce.address + inside, size)
             else:
-                self._convert(piece, into, bounce, inside, size, nbytes)
+                self._convert(piece, destination, bounce, inside, size, nbytes)
             begin += size
         return total
 
     def _convert(
-        self, piece: Piece, into: torch.Tensor, bounce: Bounce, inside: int, size: int, want: int
+        self, piece: Piece, target: torch.Tensor, bounce: Bounce, inside: int, size: int, want: int
     ) -> None:
         segment = piece.segment
         assert size == want, "pieces that are converted fit the bounce buffer"
@@ -202,21 +203,8 @@ class DiskStore:
             ctypes.memmove(bounce.address, bounce.address + inside, size)
             inside = 0
         stored = bounce.tensor[inside : inside + size].view(segment.dtype)
-        if segment.interleaved:
-            first, rows = piece.first // 2, piece.rows // 2
-            into[first : first + rows].copy_(stored.view(rows, 2, *segment.shape[1:]))
-            return
         stored = stored.view(piece.rows, *segment.shape[1:])
-        target = into[piece.first : piece.first + piece.rows]
-        if target.dim() != 2 or target.stride(0) != 1 or target.stride(1) == 1:
-            target.copy_(stored)
-        elif target.mT.is_contiguous():
-            target.mT.copy_(stored.mT)
-        else:
-            # Transposing is fast between contiguous blocks only.
-            turned = bounce.scratch[:size].view(segment.dtype).view(stored.shape[::-1])
-            turned.copy_(stored.mT)
-            target.mT.copy_(turned)
+        fill(target, segment, piece.first, stored, bounce.scratch)
 
     def _fill(
         self, position: int, expert: int, segment: Segment, offset: int, size: int, bounce: Bounce

@@ -119,6 +119,11 @@ class VirtualLink:
         return len(self._in_flight)
 
     @property
+    def busy_bytes(self) -> int:
+        """Their bytes."""
+        return sum(self._bytes[position] for position, _ in self._in_flight)
+
+    @property
     def rate(self) -> float | None:
         """Bytes a second while busy, measured as in a real run; None before it is known."""
         self._catch_up(self._clock.now)

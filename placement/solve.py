@@ -33,7 +33,7 @@ from moe_runtime.placement.windows import polish
 from moe_runtime.errors import PlanError
 from moe_runtime.trace import RoutingTrace
 
-__all__ = ["METHODS", "SolveOptions", "make_plan", "plan_of", "split_holdout"]
+__all__ = ["METHODS", "SolveOptions", "make_plan", "plan_metrics", "plan_of", "split_holdout"]
 
 Progress: TypeAlias = Callable[[str, float | None, float | None], None]
 
@@ -119,7 +119,15 @@ def make_plan(
     caps = _caps(problem, raw, witness)
     solved = _solve(problem, train, raw, level, options, witness, caps, say, began)
     say("measure", None, None)
-    metrics = _metrics(problem, solved.placement, witness, train, raw, held_out, options.seed)
+    metrics = plan_metrics(
+        problem,
+        solved.placement,
+        train,
+        held_out=held_out,
+        witness=witness,
+        raw=raw,
+        seed=options.seed,
+    )
     metrics["smoothing"] = {"level": level.name, "held_out_costs": tried}
     if isinstance(train, RoutingTrace) and len(train.layer_ids) > 1:
         support = support_of(train, seed=options.seed)
@@ -405,17 +413,24 @@ def _balanced_only(
     )
 
 
-def _metrics(
+def plan_metrics(
     problem: Problem,
-    placement: list[BoolArray],
-    witness: list[BoolArray],
+    placement: Sequence[BoolArray],
     train: Recording,
-    raw: Affinity,
-    held_out: Recording | None,
-    seed: int,
+    *,
+    held_out: Recording | None = None,
+    witness: list[BoolArray] | None = None,
+    raw: Affinity | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything that was measured, the plan beside the baselines, train beside held-out."""
-    rivals = {"plan": placement, **baselines(problem, raw, seed, even=witness)}
+    """Everything that was measured, the plan beside the baselines, train beside held-out.
+
+    Args:
+        witness: what `balanced` gives, if it is at hand.
+        raw: `affinity_of(train)`, likewise.
+    """
+    raw = affinity_of(train, within=False) if raw is None else raw
+    rivals = {"plan": list(placement), **baselines(problem, raw, seed, even=witness)}
     tokens = {"train": (train, affinity_of(train, within=False) if raw.weighted else raw)}
     if held_out is not None:
         tokens["held_out"] = (held_out, affinity_of(held_out, within=False))

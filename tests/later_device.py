@@ -31,6 +31,14 @@ class Copy:
     asked: int = 0
 
 
+@dataclass(eq=False)
+class Back:
+    """A copy to the host under way."""
+
+    held: torch.Tensor
+    source: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Fence:
     """All compute up to this time."""
@@ -54,6 +62,7 @@ class LaterDevice:
     time: int = 0
     last_use: dict[int, int] = field(default_factory=dict)  # address of a slot -> time
     waits: int = 0
+    finishes: int = 0  # times that the host waited for something from the device
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((max(nbytes, 1),), 0xFF, dtype=torch.uint8)
@@ -75,6 +84,15 @@ class LaterDevice:
         self.copies.append(Copy(pairs, ahead))
         return self.copies[-1]
 
+    def to_host(self, tensor: torch.Tensor, after: Any) -> tuple[torch.Tensor, Any]:
+        if not isinstance(after, Fence):
+            self.faults.append(f"what goes to the host does not wait for compute but for {after}")
+        held = torch.full_like(tensor, -1)
+        return held, Back(held, tensor.clone())
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
     def wait(self, token: Any) -> None:
         self.waits += 1
         if token is not None and not token.arrived:
@@ -90,6 +108,10 @@ class LaterDevice:
         return token.asked > 2  # the bytes arrive with `wait`, which has to follow
 
     def finish(self, token: Any) -> None:
+        if isinstance(token, Back):
+            self.finishes += 1
+            token.held.copy_(token.source)
+            return
         self.wait(token)
         if token is not None and not token.done:
             # Two streams: what was asked for earlier on the same one is done too.

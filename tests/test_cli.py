@@ -38,10 +38,11 @@ SURFACE = {
     "generate": {
         *("MODEL", "--prompt", "--prompt-file", "--max-new-tokens", "--temperature", "--seed"),
         *("--chat", "--expert-budget", "--host-budget", "--device", "--policy", "--exact"),
+        *("--host-execution",),
         *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
         *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
-        *("--every", "--predictor", "--compare", "--verify", "--out"),
-        *("--expert-parallel", "--timeout"),
+        *("--every", "--predictor", "--compare", "--verify", "--out", "--max-batch"),
+        *("--max-length", "--expert-parallel", "--timeout"),
     },
     "hardware": {"--path", "--expert-shape", "--dtype", "--refresh", "--cache-dir"},
     "inspect": {
@@ -62,7 +63,8 @@ SURFACE = {
         *("MODEL", "--data", "--out", "--split", "--max-new-tokens", "--batch-size"),
         *("--max-tokens", "--limit", "--chat", "--expert-budget", "--host-budget", "--device"),
         *("--policy", "--exact", "--reader-threads", "--dtype", "--revision", "--subfolder"),
-        *("--variant", "--local-files-only"),
+        *("--host-execution",),
+        *("--variant", "--local-files-only", "--max-batch", "--max-length"),
     },
     "trace import": {
         *("FILES...", "--out", "--from", "--model", "--layers", "--first-dense", "--moe-layers"),
@@ -83,9 +85,13 @@ SURFACE = {
         ),
         *("--smoothing", "--shuffled", "--method", "--stages", "--time-limit", "--starts"),
         *("--seed", "--memory", "--host-memory", "--model", "--expert-bytes", "--out"),
+        *("--mode", "--link", "--node-link", "--batch", "--widths", "--compute-ms"),
     },
     "plan show": {"PLAN", "--out"},
-    "plan compare": {"PLAN...", "--trace"},
+    "plan compare": {
+        *("PLAN...", "--trace", "--link", "--node-link", "--batch", "--widths", "--compute-ms"),
+        "--model",
+    },
     "report": {"RUN.json", "--out", "--trace", "--with"},
     "steer cost": {
         *("MODEL", "--steer", "--prompts", "--beta", "--expert-budget", "--policy", "--limit"),

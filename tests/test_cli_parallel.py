@@ -35,6 +35,7 @@ def run_on_two(place: Path, *arguments: str) -> list[tuple[int, str, str]]:
         ]
 
 
+@pytest.mark.slow
 def test_both_modes_give_one_process_texts_and_only_rank_0_prints(tmp_path: Path) -> None:
     plan = contiguous_plan(open_source(moe_runtime.bundled_model()).spec.grid, 2)
     plan.save(tmp_path / "x.plan.json")
@@ -65,6 +66,7 @@ def test_both_modes_give_one_process_texts_and_only_rank_0_prints(tmp_path: Path
         assert saved["traffic"] == data["run"]["traffic"]
 
 
+@pytest.mark.slow
 def test_a_plan_for_other_ranks_is_refused_on_both_with_what_to_do(tmp_path: Path) -> None:
     plan = contiguous_plan(open_source(moe_runtime.bundled_model()).spec.grid, 4)
     plan.save(tmp_path / "x.plan.json")

@@ -14,7 +14,7 @@ from tiny import EXPERTS, LAYERS, VOCAB, TinyCheckpoints
 
 def test_options_make_a_configuration() -> None:
     config = RuntimeConfig.from_dict({"expert_budget": "8GiB", "policy": "lfu"})
-    assert (config.expert_budget, config.policy, config.layout) == ("8GiB", "lfu", "native")
+    assert (config.expert_budget, config.policy, config.layout) == ("8GiB", "lfu", "auto")
 
 
 @pytest.mark.parametrize(

@@ -120,5 +120,7 @@ def two_compute_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_compute_threads")
 def test_bits_with_two_compute_threads(tiny_checkpoints: TinyCheckpoints) -> None:
-    one, other = (load(tiny_checkpoints.fused, budget) for budget in ("100%", "25%"))
+    one, other = (
+        load(tiny_checkpoints.fused, budget, layout="native") for budget in ("100%", "25%")
+    )
     assert same_bits(experts_outputs(one), experts_outputs(other))

@@ -58,8 +58,10 @@ corpus            |                                        |
 importers.*       | trace trace_writer routing_counts importers.* | numpy torch safetensors
 kv_cache          |                                        | torch transformers
 slots             | model_spec                             | torch
-store             | checkpoint model_spec slots            | torch numpy
+filling           | checkpoint                             | torch
+store             | checkpoint model_spec slots filling    | torch numpy
 budget            | memory model_spec slots store hardware.* kv_cache | torch transformers
+slot_memory       | budget device memory model_spec slots store | torch
 selection         |                                        | numpy
 eviction_learned  | selection                              | numpy
 eviction_predicted | eviction_learned selection            | numpy
@@ -70,7 +72,7 @@ predictors.evaluation |                                    |
 predictors.*      | trace trace_summary model_spec predictors.* | torch numpy safetensors
 cache             | access store eviction                  | torch numpy
 prefetch          | model_spec cache device store          | torch numpy
-layout            | kernels.* model_spec checkpoint        |
+layout            | kernels.* model_spec checkpoint slots  |
 steps             |                                        | torch
 routing           | access                                 | torch numpy
 eager             |                                        | torch
@@ -89,8 +91,12 @@ timed_simulation  | access cache eviction forecast loader payoff predictors.* pr
                     profiler timed_result trace virtual_link | numpy
 cache_baselines   | eviction predictors.* prefetch_planner timed_result timed_simulation trace \
                     virtual_link                           | numpy
+host_experts      | kernels.*                              | torch
+hosting           | hardware.* places                      |
+slot_layers       | kernels.* cache device host_experts hosting loader prefetch routing \
+                    slot_transfers slots                   | torch
 executor          | kernels.* model_spec access cache device eager loader prefetch profiler \
-                    routing rows slot_transfers slots steps | torch numpy transformers
+                    routing rows slot_layers slot_transfers slots steps | torch numpy transformers
 interface         | executor                               | torch transformers
 module_routing    | access                                 | torch numpy
 module_calls      | access executor expert_modules model_spec module_routing steps | torch numpy
@@ -144,11 +150,11 @@ parallel.*        | version model_spec checkpoint safetensors_index device memor
 batches           | runtime scheduler predictors.* token_choice prompt_state path_forecast \
                     batch_run batch_loop batch_check       | transformers
 __init__          | ABOVE                                  |
-cli.*             | version __init__ runtime config budget layout report.* placement.* \
+cli.*             | version __init__ runtime config budget kv_cache layout report.* placement.* \
                     hardware.*                             \
                     cache_baselines timed_result timed_simulation virtual_link \
                     predictors.* steering.* importers.* trace trace_summary routing_counts \
-                    corpus parallel.* cli.* \
+                    corpus batches parallel.* cli.* \
                   | typer rich numpy torch transformers
 __main__          | cli.*                                  |
 """

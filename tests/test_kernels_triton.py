@@ -20,6 +20,7 @@ from moe_runtime.kernels import (
     combined,
     contributions,
     dispatch,
+    expert_mlp,
     grouped_experts,
     slot_experts,
     slot_mlp,
@@ -27,7 +28,7 @@ from moe_runtime.kernels import (
 
 import later_device
 import moe_runtime
-from moe_runtime import executor
+from moe_runtime import slot_layers
 from slot_pools import SlotCase, slot_case
 from tiny import tiny_model
 
@@ -170,6 +171,21 @@ def test_the_specification_and_the_grouped_kernel_agree() -> None:
     )
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_host_computes_the_same_within_rounding(dtype: torch.dtype, tokens: int) -> None:
+    """Where an expert is computed changes its contribution by no more than `TOLERANCES`."""
+    case = slot_case(
+        tokens=tokens, choices=1, slots=1, absent=0.0, hidden=64, width=48, dtype=dtype
+    )
+    on = case.to(DEVICE)
+    found = contributions(on.hidden, on.slots, on.pool, on.form, distinct=1, kernel="triton")
+    held = tuple(stack[0] for stack in case.pool)
+    hosted = expert_mlp(case.hidden, held, case.form).float()
+    limit = TOLERANCES[dtype] * max(1.0, float(hosted.abs().max()))
+    assert float((found.sum(0).float().cpu() - hosted).abs().max()) <= limit
+
+
 # -- in the runtime -------------------------------------------------------------------------------
 
 
@@ -179,13 +195,13 @@ def test_the_executor_computes_the_same_at_every_budget(monkeypatch: pytest.Monk
     asked: list[str] = []
 
     def counted(name: str) -> None:
-        kernel = getattr(executor, name)
+        kernel = getattr(slot_layers, name)
 
         def count(*arguments: Any, **named: Any) -> Any:
             asked.append(name)
             return kernel(*arguments, **named)
 
-        monkeypatch.setattr(executor, name, count)
+        monkeypatch.setattr(slot_layers, name, count)
 
     counted("slot_experts")
     counted("contributions")
@@ -198,7 +214,7 @@ def test_the_executor_computes_the_same_at_every_budget(monkeypatch: pytest.Monk
         found = {}
         for budget in ("100%", "30%"):
             model = moe_runtime.attach(tiny_model(), expert_budget=budget, device="cuda")
-            moe_runtime.runtime_of(model).executor._kernel = "triton"
+            moe_runtime.runtime_of(model).executor.slots.kernel = "triton"
             asked.clear()
             found[budget] = [model(input_ids=prompt).logits for prompt in prompts]
             # Where all is resident one call makes a layer.

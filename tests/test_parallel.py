@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import multiprocessing, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import architectures
 from gloo_runs import check_gloo_run
-from moe_runtime import generate_batches
+from moe_runtime import bundled_model, generate_batches
 from moe_runtime.errors import ConfigError, ParallelError, PlanError, UnsupportedModelError
+from moe_runtime.model_spec import read_spec
 from moe_runtime.parallel import Link, ParallelOptions, generate, run_ranks
 from parallel_models import (
     alone,
@@ -210,5 +211,41 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             ParallelOptions(**wrong)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_bundled_model_gives_the_tokens_of_one_process(ranks: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32).eval()
+    prompts = some_prompts((5, 9, 3, 7, 12, 4, 8, 6), high=4000)
+    for mode in ("vanilla", "coherent"):
+        close_to_one_process(
+            model, prompts, ranks, mode=mode, plan=random_plan(model, ranks, seed=4)
+        )
+
+
+def test_a_path_is_loaded_and_experts_may_be_given_apart() -> None:
+    prompts = some_prompts((5, 3), high=4000)
+    apart = AutoModelForCausalLM.from_pretrained(bundled_model()).eval()
+    want, _ = alone(apart, prompts, 3)
+    spec = read_spec(apart)
+    tensors = {
+        layer.layer: {
+            param.name: apart.get_parameter(f"{layer.path}.{param.name}").detach().clone()
+            for param in layer.params
+        }
+        for layer in spec.layers
+    }
+    for layer in spec.layers:  # whatever the model itself holds is not looked at
+        for param in layer.params:
+            apart.get_parameter(f"{layer.path}.{param.name}").data.fill_(float("nan"))
+
+    def work(link: Link) -> None:
+        options: dict[str, Any] = {"link": link, "max_new_tokens": 3, "stop_tokens": ()}
+        assert generate(bundled_model(), prompts, **options).outputs == want
+        assert generate(apart, prompts, experts=tensors, **options).outputs == want
+
+    run_ranks(work, 1)
+
+
+@pytest.mark.slow
 def test_two_gloo_processes_give_the_tokens_of_one(tmp_path: Path) -> None:
     multiprocessing.spawn(check_gloo_run, args=(str(tmp_path),), nprocs=2)

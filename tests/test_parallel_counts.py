@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_runtime.placement.plan import Plan
 
+from moe_runtime.errors import ConfigError
 from moe_runtime.model_spec import read_spec
 from moe_runtime.parallel.run import ParallelRun
 from moe_runtime.parallel.shares import shares_of
@@ -164,9 +167,30 @@ def test_replicated_keys_and_values_are_on_every_rank() -> None:
     run, _ = on_threads(model, prompts, 2, max_new_tokens=4, stop_tokens=())
     columns = max(LENGTHS) + 2  # of the tokens fed, the last one's are not needed
     assert run.cache_bytes == (KV * 4 * len(prompts) * columns,) * 2
+
+
+def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    run, _ = on_threads(tiny(4), some_prompts(), 2, max_new_tokens=3, stop_tokens=())
+    rounded = ParallelRun.load(run.save(tmp_path / "a.json"))
+    assert rounded.save(tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
+    assert (rounded.outputs, rounded.traffic, rounded.stays, rounded.check) == (
+        run.outputs,
+        run.traffic,
+        run.stays,
+        run.check,
+    )
     data = run.to_dict()
-    assert (data["format"], data["version"]) == ("moe-runtime.parallel-run", 1)
-    assert data["outputs"] == [list(tokens) for tokens in run.outputs]
+    for name, damage, hint in (
+        ("format", "moe-runtime.run", "no parallel run"),
+        ("version", 2, "this release reads 1"),
+        ("traffic", [{"sort": "move"}], "damaged"),
+        ("outputs", None, "damaged"),
+    ):
+        (tmp_path / "c.json").write_text(json.dumps(data | {name: damage}))
+        with pytest.raises(ConfigError, match=hint):
+            ParallelRun.load(tmp_path / "c.json")
+    with pytest.raises(ConfigError, match="readable"):
+        ParallelRun.load(tmp_path / "nowhere.json")
 
 
 @settings(max_examples=50)

@@ -24,6 +24,7 @@ PROGRAM = Path(__file__).with_name("rank_program.py")
 SLACK = 10.0  # seconds that a busy machine may add
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_an_error_on_the_others_long_before_the_timeout(
     tmp_path: Path,
 ) -> None:
@@ -37,6 +38,7 @@ def test_a_rank_that_dies_is_an_error_on_the_others_long_before_the_timeout(
         assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_an_error_on_the_others_after_the_timeout(tmp_path: Path) -> None:
     with two_ranks(main, "exchange", 2.0, tmp_path) as (well, lost):
         for one in (well, lost):
@@ -49,6 +51,7 @@ def test_a_rank_that_hangs_is_an_error_on_the_others_after_the_timeout(tmp_path:
         assert "error: rank 0: move of layer 0 did not come to an end within 2 s" in errors
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_all_say_in_what(tmp_path: Path) -> None:
     with two_ranks(main, "differ", 60.0, tmp_path) as both:
         for one in both:
@@ -57,6 +60,7 @@ def test_ranks_that_differ_all_say_in_what(tmp_path: Path) -> None:
             assert 'the ranks differ in plan file (rank 0: "a"; rank 1: "b")' in errors
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_rank_is_told_on_all(tmp_path: Path) -> None:
     with two_ranks(main, "fail", 60.0, tmp_path) as (well, failing):
         code, errors = failing.ended()
@@ -67,6 +71,7 @@ def test_a_failure_of_one_rank_is_told_on_all(tmp_path: Path) -> None:
         assert "loading failed elsewhere: rank 1: OSError: the disk is gone" in errors
 
 
+@pytest.mark.slow
 def test_an_interrupted_rank_exits_with_130_and_ends_the_others(tmp_path: Path) -> None:
     with two_ranks(main, "exchange", 60.0, tmp_path) as (well, pressed):
         for one in (well, pressed):

@@ -121,5 +121,6 @@ def test_traffic_adds_up_rows_but_not_the_calls_that_ranks_share() -> None:
     assert add_traffic([one, two])[0].calls == 4
 
 
+@pytest.mark.slow
 def test_gloo_processes_exchange_as_threads_do(tmp_path: Path) -> None:
     multiprocessing.spawn(check_gloo_links, args=(str(tmp_path),), nprocs=2)

@@ -83,6 +83,26 @@ def test_many_misses_are_no_worse_than_either_place_alone(
     assert placing.if_fetched >= busy.link + fetched
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 40), min_size=9, max_size=60),
+    link=st.floats(0, 3e-3),
+    slope=st.floats(0, 0.3),
+)
+def test_a_quick_choice_of_experts_of_one_size_is_near_the_thorough_one(
+    rows: list[int], link: float, slope: float
+) -> None:
+    misses = [
+        MissCost(fetch=4e-4, device=1e-5 * (1 + n // 16), host=2.5e-4 * (1 + slope * n))
+        for n in rows
+    ]
+    busy = Busy(link=link, device=1e-4)
+    quick = choose_place(misses, busy, thorough=False)
+    check(misses, busy, quick)
+    assert not quick.proved
+    assert quick.seconds <= 1.1 * choose_place(misses, busy).seconds
+
+
 def test_work_is_shared_where_both_are_as_quick() -> None:
     misses = [MissCost(fetch=2.0, device=0.0, host=2.0)] * 8
     placing = choose_place(misses)

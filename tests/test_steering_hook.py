@@ -158,7 +158,11 @@ def test_steered_inside_a_budget_as_outside(tiny_checkpoints: TinyCheckpoints, e
     found = []
     for budget in ("25%", "100%"):
         loaded = moe_runtime.from_pretrained(
-            tiny_checkpoints.fused, expert_budget=budget, device="cpu", exact=exact
+            tiny_checkpoints.fused,
+            expert_budget=budget,
+            device="cpu",
+            exact=exact,
+            layout="native",
         )
         with moe_runtime.steer(loaded, BETAS):
             found.append(logits(loaded, batch()))

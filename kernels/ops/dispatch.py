@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from functools import cache
 
 import torch
 from moe_runtime.kernels.cpu import decode_loop
@@ -27,15 +28,30 @@ _failures: list[str] = []  # why Triton is not asked any more in this process; e
 def triton_takes(hidden: torch.Tensor, pool: tuple[torch.Tensor, ...], form: ExpertForm) -> bool:
     """Whether the Triton kernels can compute this: gate known, one dtype, and no failure so far.
 
-    Says nothing about the device.
+    Says nothing about the device. The log says once why they cannot; of an unknown gate `recognise`
+    and of a failure `_give_up` have said it.
     """
-    return (
-        form.gate is not None
-        and hidden.dtype in _DTYPES
-        and all(stack.dtype == hidden.dtype for stack in pool)
-        and not _failures
-        and is_installed()
-    )
+    why = _why_not(hidden, pool, form)
+    if why and form.gate is not None and not _failures:
+        _say_not_taken(why)
+    return not why
+
+
+def _why_not(hidden: torch.Tensor, pool: tuple[torch.Tensor, ...], form: ExpertForm) -> str:
+    """Why the Triton kernels cannot compute this; empty if they can."""
+    if form.gate is None:
+        return "the gate is unknown"
+    if hidden.dtype not in _DTYPES or any(stack.dtype != hidden.dtype for stack in pool):
+        held = ", ".join(sorted({str(stack.dtype) for stack in pool}))
+        return f"hidden is {hidden.dtype} and experts are {held}; one of {_DTYPES} is taken"
+    if _failures:
+        return _failures[0]
+    return "" if is_installed() else "Triton is not installed (pip install triton)"
+
+
+@cache
+def _say_not_taken(why: str) -> None:
+    _log.warning("experts are computed by PyTorch, not by Triton kernels: %s", why)
 
 
 def contributions(
@@ -156,9 +172,9 @@ def slot_experts(
         )
     if kernel not in ("auto", "triton", "plain"):
         raise ValueError(f"kernel={kernel!r}: known are auto, triton, plain")
-    if kernel == "triton" and not triton_takes(hidden, pool, form):
+    if kernel == "triton" and (why := _why_not(hidden, pool, form)):
         raise ValueError(
-            f"kernel='triton' needs Triton ({_failures[0] if _failures else is_installed()}), a "
+            f"kernel='triton' cannot be used: {why}. It needs Triton, a "
             f"known gate ({form.gate}) and one dtype for hidden and pool "
             f"({hidden.dtype}, {pool[0].dtype}); use kernel='auto'"
         )
@@ -213,7 +229,7 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
     plain = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
     try:
         from triton.errors import TritonError
-    except ImportError:
+    except Exception:  # noqa: BLE001  a broken installation may raise anything
         return plain
     return (TritonError, *plain)
 

@@ -24,7 +24,7 @@ class ExpertForm:
     Args:
         up, down: places of the two weights among an expert's tensors.
         up_bias, down_bias: places of the biases, or None.
-        transposed: weights are `[in, out]` instead of `[out, in]`.
+        transposed: weights are `[in, out]` instead of `[out, in]`, or `[out / width, in, width]`.
         activation: `[n, U] -> [n, I]`, row by row: the gate and its product with up, or the plain
             activation function of an expert without gate.
         finish: `[n, D] -> [n, D]`, applied to the output before the routing weight, or None.
@@ -44,8 +44,15 @@ class ExpertForm:
 def project(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """`[n, in] -> [n, out]`; the bias is added to the rounded product, as eager does."""
-    out = hidden @ weight if transposed else functional.linear(hidden, weight)
+    """`[n, in] -> [n, out]`; the bias is added to the rounded product, as eager does.
+
+    Args:
+        weight: `[out, in]`; transposed `[in, out]`, or in blocks of rows, `[blocks, in, width]`.
+    """
+    if weight.dim() == 3:
+        out = torch.matmul(hidden, weight).transpose(0, 1).flatten(1)
+    else:
+        out = hidden @ weight if transposed else functional.linear(hidden, weight)
     return out if bias is None else out + bias
 
 

@@ -207,9 +207,9 @@ def _down(
 @cache
 def _kernel(name: str, one: bool, transposed: bool) -> Any:
     """The kernel and the configurations that are tried once for each shape."""
+    globals().update(scope())  # first: it says what is wrong with a broken Triton
     import triton
 
-    globals().update(scope())
     if interpreted():
         tried = [(16, 4, 1)]
     elif transposed:

@@ -108,8 +108,11 @@ def scope() -> dict[str, Any]:
     Imports Triton. Kernels and what they call are looked up in their module's globals, by the
     compiler and by the interpreter.
     """
-    import triton
-    from triton import language
+    try:
+        import triton
+        from triton import language
+    except Exception as error:  # a broken installation may raise anything
+        raise ImportError(f"Triton cannot be imported: {error!r}") from error
 
     globals()["tl"] = language
     return {
@@ -239,9 +242,9 @@ def _combine(
 
 @cache
 def _combine_kernel() -> Any:
+    scope()  # first: it says what is wrong with a broken Triton
     import triton
 
-    scope()
     return triton.jit(_combine)
 
 

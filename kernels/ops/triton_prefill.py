@@ -172,9 +172,9 @@ def _down(
 @cache
 def _kernel(name: str) -> Any:
     """The kernel and the configurations that are tried once for each shape."""
+    globals().update(scope())  # first: it says what is wrong with a broken Triton
     import triton
 
-    globals().update(scope())
     # Steps of 64 inputs in each: configurations must not differ in the order of a sum.
     if interpreted():
         tried = [(16, 16, 4, 1)]

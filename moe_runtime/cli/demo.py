@@ -25,6 +25,7 @@ from moe_runtime.cli.options import (
     checked_budget,
     outcome_place,
 )
+from moe_runtime.cli.room import AskedRoom
 from moe_runtime.cli.session import emit_json, quiet_libraries, session, to_stderr
 from moe_runtime.errors import ConfigError
 from moe_runtime.report import Report
@@ -116,11 +117,18 @@ def _run(folder: Path, budget: str, policy: str, plan: Path | None, new_tokens: 
 
     prompts = read_prompts(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = [_encode(tokenizer, prompt.text) for prompt in prompts]
+    lengths = [inputs["input_ids"].shape[1] for inputs in encoded]
     model = moe_runtime.from_pretrained(
-        str(folder), expert_budget=budget, policy=policy, plan=plan, device="cpu", exact=True
+        str(folder),
+        expert_budget=budget,
+        policy=policy,
+        plan=plan,
+        device="cpu",
+        exact=True,
+        **AskedRoom().for_prompts(lengths, new_tokens=new_tokens),
     )
     console = to_stderr()
-    encoded = [_encode(tokenizer, prompt.text) for prompt in prompts]
     answers = []
     totals = Counter(prompt.domain for prompt in prompts)
     limits = {domain: prompts_of * new_tokens for domain, prompts_of in totals.items()}

@@ -15,11 +15,14 @@ import typer
 from moe_runtime.cli.generate_many import ManyOptions, show_many
 from moe_runtime.cli.generate_parallel import ParallelCommand, run_rank
 from moe_runtime.cli.options import (
+    AskedBatchOption,
+    AskedLengthOption,
     DebugOption,
     DtypeOption,
     ExactOption,
     ExpertBudgetOption,
     HostBudgetOption,
+    HostExecutionOption,
     JsonOption,
     LocalOption,
     ModelArgument,
@@ -33,6 +36,7 @@ from moe_runtime.cli.options import (
     outcome_place,
     tokenizer_options,
 )
+from moe_runtime.cli.room import AskedRoom, budget_line
 from moe_runtime.cli.session import emit_json, quiet_libraries, session
 from moe_runtime.corpus import read_corpus
 from moe_runtime.parallel import ParallelOptions
@@ -136,7 +140,10 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
     policy: PolicyOption = "lru",
     plan: PlanOption = None,
     exact: ExactOption = False,
+    host_execution: HostExecutionOption = "auto",
     reader_threads: ReaderThreadsOption = 3,
+    max_batch: AskedBatchOption = None,
+    max_length: AskedLengthOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
@@ -208,8 +215,10 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
             "policy": policy,
             "plan": plan,
             "exact": exact,
+            "host_execution": host_execution,
             "reader_threads": reader_threads,
         }
+        asked = AskedRoom(max_batch=max_batch, max_length=max_length)
         if prompts is not None:
             options = ManyOptions(
                 batch_size=batch_size,
@@ -223,6 +232,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
                 verify=verify,
                 compare=compare,
                 chat=chat,
+                room=asked,
             )
             quiet_libraries(debug=debug)
             show_many(
@@ -245,6 +255,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
             hub,
             runtime,
             {"max_new_tokens": max_new_tokens, **_sampling(temperature)},
+            room=asked,
             seed=seed,
             chat=chat,
             stream=not as_json,
@@ -253,17 +264,20 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
         if place is not None:
             report.save(place)
         if as_json:
-            sample = report.to_dict()["generated"][0]
+            record = report.to_dict()
             emit_json(
                 {
-                    **sample,
+                    **record["generated"][0],
                     "outcome": report.outcome,
+                    "budget": record["budget"],
                     "summary": report.summary.to_dict(),
                     "run": None if place is None else str(place),
                 }
             )
         else:
             typer.echo(report.outcome, err=True)
+            if line := budget_line(report.to_dict()):
+                typer.echo(line, err=True)
 
 
 def _refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
@@ -293,6 +307,7 @@ def _generate(
     runtime: dict[str, Any],
     generation: dict[str, Any],
     *,
+    room: AskedRoom,
     seed: int,
     chat: bool,
     stream: bool,
@@ -306,8 +321,11 @@ def _generate(
 
     quiet_libraries(debug=debug)
     tokenizer = AutoTokenizer.from_pretrained(path, **tokenizer_options(hub))
-    model = moe_runtime.from_pretrained(path, **runtime, **hub)
-    inputs = _encode(tokenizer, prompt, chat=chat).to(model.device)
+    inputs = _encode(tokenizer, prompt, chat=chat)
+    new_tokens = generation["max_new_tokens"]
+    left = room.for_prompts([inputs["input_ids"].shape[1]], new_tokens=new_tokens)
+    model = moe_runtime.from_pretrained(path, **runtime, **left, **hub)
+    inputs = inputs.to(model.device)
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True) if stream else None
     began = time.perf_counter()

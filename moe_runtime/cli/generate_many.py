@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_runtime.cli.options import tokenizer_options
+from moe_runtime.cli.room import AskedRoom, budget_line
 from moe_runtime.cli.session import emit_json, to_stderr
 from moe_runtime.core import format_bytes
 from moe_runtime.errors import ConfigError
@@ -41,6 +42,7 @@ class ManyOptions:
     verify: bool
     compare: bool
     chat: bool
+    room: AskedRoom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class ManyRun:
         for one in plain.values():
             if one is not None:
                 del one["outputs"]
-        return {"generated": self.generated, **plain}
+        return {"generated": self.generated, **plain, "budget": self.record["budget"]}
 
     def save_lines(self, path: Path) -> None:
         """A JSON object a line, in the prompts' order, whole or not at all."""
@@ -86,6 +88,8 @@ class ManyRun:
                 f"{found.largest:.1e} ({found.beyond:,} beyond 1e-5), {found.near_ties} tokens "
                 f"differ at a near tie, {found.different} otherwise"
             )
+        if line := budget_line(self.record):
+            lines.append(line)
         return lines
 
 
@@ -142,6 +146,7 @@ def generate_many(
     from transformers import AutoTokenizer
 
     import moe_runtime
+    from moe_runtime.batches import sequences_held
 
     if not documents:
         raise ConfigError("no prompts in the file: it is empty or blank; give some text")
@@ -152,7 +157,17 @@ def generate_many(
         raise ConfigError(
             f"prompt {empty + 1} has no token: {documents[empty]!r:.40}; leave it out"
         )
-    model = moe_runtime.from_pretrained(model_path, **runtime, **hub)
+    room = options.room.for_prompts(
+        map(len, prompts),
+        new_tokens=options.max_new_tokens,
+        at_once=sequences_held(
+            len(prompts),
+            batch_size=options.batch_size,
+            schedule=options.schedule,
+            window=options.window,
+        ),
+    )
+    model = moe_runtime.from_pretrained(model_path, **runtime, **room, **hub)
     given: dict[str, Any] = {
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,

@@ -14,6 +14,8 @@ from moe_runtime.core import parse_bytes, parse_share
 from moe_runtime.errors import ConfigError
 
 __all__ = [
+    "AskedBatchOption",
+    "AskedLengthOption",
     "DebugOption",
     "DtypeOption",
     "ExactOption",
@@ -78,12 +80,37 @@ MaxLengthOption = Annotated[
     int,
     typer.Option("--max-length", min=1, help="Tokens of each that auto leaves memory for."),
 ]
+AskedBatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-batch",
+        min=1,
+        help="Sequences at once that auto leaves memory for; as many as will run if not given.",
+    ),
+]
+AskedLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length",
+        min=1,
+        help="Tokens of each that auto leaves memory for; the longest prompt's and the new ones "
+        "if not given.",
+    ),
+]
 HardwareOption = Annotated[
     str,
     typer.Option(
         "--hardware",
         metavar="FILE",
         help="A hardware profile; auto for the one that moe-runtime hardware kept, if any.",
+    ),
+]
+HostExecutionOption = Annotated[
+    str,
+    typer.Option(
+        "--host-execution",
+        help="Compute experts that miss on a GPU on the host: auto (where that is sooner by the "
+        "hardware profile), never, always.",
     ),
 ]
 PolicyOption = Annotated[

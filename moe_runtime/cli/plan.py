@@ -16,8 +16,17 @@ from moe_runtime.cli.plan_compare import compare_command
 from moe_runtime.cli.plan_make import MakeOptions, default_place, make
 from moe_runtime.cli.plan_show import made_facts, print_made, show_command
 from moe_runtime.cli.session import emit_json, session, to_stderr
+from moe_runtime.cli.step_time import (
+    BatchOption,
+    ComputeOption,
+    LinkOption,
+    NodeLinkOption,
+    ServingOptions,
+    WidthsOption,
+)
 from moe_runtime.core import parse_bytes
 from moe_runtime.errors import ConfigError
+from moe_runtime.placement.messages import MODES
 from moe_runtime.placement.solve import METHODS
 
 __all__ = ["plan"]
@@ -42,8 +51,8 @@ def _bytes(text: str | None) -> int | None:
 def _choice(*known: str) -> Any:
     """A callback that takes one of these words."""
 
-    def check(text: str) -> str:
-        if text not in known:
+    def check(text: str | None) -> str | None:
+        if text is not None and text not in known:
             raise typer.BadParameter(f"{text!r} is none of {', '.join(known)}")
         return text
 
@@ -78,6 +87,21 @@ def make_command(  # noqa: PLR0913, PLR0917  the command's options
             help="load, or a sum of crossing, distinct, time: crossing+0.5*distinct.",
         ),
     ] = "crossing",
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--mode",
+            callback=_choice(*MODES),
+            help="With --objective time: least predicted time a decode step, rows returning home "
+            "(vanilla) or staying with their experts (coherent). Needs --link, and --model or "
+            "--widths.",
+        ),
+    ] = None,
+    link: LinkOption = None,
+    node_link: NodeLinkOption = None,
+    batch: BatchOption = 32,
+    widths: WidthsOption = None,
+    compute_ms: ComputeOption = 0.0,
     load_cap: Annotated[
         float | None,
         typer.Option("--load-cap", help="Highest load of a device over the mean, each layer."),
@@ -197,6 +221,10 @@ def make_command(  # noqa: PLR0913, PLR0917  the command's options
         raise typer.BadParameter("the topology's file names the nodes; leave --nodes out")
     if model is not None and expert_bytes is not None:
         raise typer.BadParameter("give --model or --expert-bytes, not both")
+    if mode is not None and objective.strip() != "time":
+        raise typer.BadParameter(f"--mode {mode} needs --objective time, found {objective!r}")
+    if mode is not None and groups:
+        raise typer.BadParameter("--mode plans single experts; leave --groups out")
     place = outcome_place(out) if out is not None else default_place(traces[0])
     if out is None and place.exists():
         raise typer.BadParameter(f"{place} exists already; name the plan's file with --out")
@@ -208,6 +236,15 @@ def make_command(  # noqa: PLR0913, PLR0917  the command's options
             nodes=nodes,
             topology=topology,
             objective=objective,
+            mode=mode,
+            serving=ServingOptions(
+                link=link,
+                node_link=node_link,
+                batch=batch,
+                widths=widths,
+                compute_ms=compute_ms,
+                model=model,
+            ),
             load_cap=load_cap,
             redundant=redundant,
             counts=counts,

@@ -13,11 +13,23 @@ import typer
 from moe_runtime.cli.options import DebugOption, JsonOption
 from moe_runtime.cli.plan_inputs import require_plan_like
 from moe_runtime.cli.session import emit_json, session
+from moe_runtime.cli.step_time import (
+    BatchOption,
+    ComputeOption,
+    LinkOption,
+    NodeLinkOption,
+    ServingOptions,
+    WidthsOption,
+    serving_of,
+)
 from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.baselines import contiguous
 from moe_runtime.placement.cost import measure
-from moe_runtime.placement.plan import Plan
+from moe_runtime.placement.messages import MODES
+from moe_runtime.placement.plan import BoolArray, Plan
 from moe_runtime.placement.recordings import Recording, read_recordings
+from moe_runtime.placement.timed_plan import predict_modes
+from moe_runtime.placement.topology import Topology
 from moe_runtime.report.summary import NONE
 
 __all__ = ["compare_command"]
@@ -42,12 +54,21 @@ def compare_command(
             "--trace", metavar="TRACE", help="The tokens to measure on; repeat to add more."
         ),
     ],
+    link: LinkOption = None,
+    node_link: NodeLinkOption = None,
+    batch: BatchOption = 32,
+    widths: WidthsOption = None,
+    compute_ms: ComputeOption = 0.0,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Checkpoint to read widths from, with --link.")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure plans on a trace, beside contiguous placement on the same devices.
 
-    The trace should be one that none of the plans was made from.
+    The trace should be one that none of the plans was made from. With --link, and --model or
+    --widths, each plan's decode step is timed in both modes of expert parallelism too.
 
     Example:  [bold]moe-runtime plan compare a.plan.json b.plan.json
     --trace other.trace.safetensors[/bold]
@@ -58,29 +79,42 @@ def compare_command(
         name = ", ".join(map(str, trace))
         for path, plan in zip(plans, loaded, strict=True):
             require_plan_like(plan, recording, path, name)
-        rows = _measured(dict(zip(plans, loaded, strict=True)), recording)
+        asked = ServingOptions(
+            link=link,
+            node_link=node_link,
+            batch=batch,
+            widths=widths,
+            compute_ms=compute_ms,
+            model=model,
+        )
+        rows = _measured(dict(zip(plans, loaded, strict=True)), recording, asked)
         if as_json:
             emit_json({"trace": list(map(str, trace)), "tokens": recording.tokens, "plans": rows})
         else:
             _print(rows, recording)
 
 
-def _measured(plans: dict[Path, Plan], recording: Recording) -> list[dict[str, Any]]:
+def _measured(
+    plans: dict[Path, Plan], recording: Recording, asked: ServingOptions
+) -> list[dict[str, Any]]:
     """A row for each plan, and one of contiguous placement for each topology among them."""
     affinity = affinity_of(recording)
-    rows, topologies = [], []
-    for path, plan in plans.items():
-        if plan.topology not in topologies:
-            topologies.append(plan.topology)
-        metrics = measure(plan.matrices(), plan.topology, recording, affinity)
-        rows.append({"plan": str(path), "devices": plan.devices, **metrics.to_dict()})
-    for topology in topologies:
-        placement = contiguous(recording.experts, topology.devices)
+    rivals: list[tuple[str, list[BoolArray], Topology]] = []
+    for plan in plans.values():
+        topology = plan.topology
+        if topology not in [known for _, _, known in rivals]:
+            nodes = f" in {topology.node_count} nodes" if topology.node_count > 1 else ""
+            placement = contiguous(recording.experts, topology.devices)
+            rivals.append((f"contiguous{nodes}", placement, topology))
+    mine = [(str(path), plan.matrices(), plan.topology) for path, plan in plans.items()]
+    rows: list[dict[str, Any]] = []
+    for name, placement, topology in (*mine, *rivals):
         metrics = measure(placement, topology, recording, affinity)
-        nodes = f" in {topology.node_count} nodes" if topology.node_count > 1 else ""
-        rows.append(
-            {"plan": f"contiguous{nodes}", "devices": topology.devices, **metrics.to_dict()}
-        )
+        row = {"plan": name, "devices": topology.devices, **metrics.to_dict()}
+        if asked.given:
+            serving = serving_of(asked, topology, recording)
+            row["step_time"] = predict_modes(placement, topology, recording, serving).to_dict()
+        rows.append(row)
     return rows
 
 
@@ -98,7 +132,12 @@ def _print(rows: list[dict[str, Any]], recording: Recording) -> None:
     table.add_column("devices", justify="right")
     for title in _COLUMNS.values():
         table.add_column(title, justify="right")
+    timed = "step_time" in rows[0]
+    for title in ("vanilla ms", "coherent ms") if timed else ():
+        table.add_column(title, justify="right")
     for row in rows:
         cells = [NONE if row[name] is None else f"{row[name]:.3f}" for name in _COLUMNS]
+        times = row.get("step_time", {})
+        cells += [f"{1e3 * times[mode]['seconds']:.3f}" for mode in MODES if times]
         table.add_row(Path(row["plan"]).name, str(row["devices"]), *cells)
     console.print(table)

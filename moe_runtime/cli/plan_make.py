@@ -14,6 +14,7 @@ from rich.console import Console
 
 from moe_runtime.cli.plan_inputs import ModelFacts, model_facts
 from moe_runtime.cli.plan_progress import SolveProgress
+from moe_runtime.cli.step_time import ServingOptions, serving_of
 from moe_runtime.errors import PlanError, TraceError
 from moe_runtime.placement.affinity import shuffled
 from moe_runtime.placement.groups import experts_of_groups, grouped_problem, in_groups
@@ -22,6 +23,7 @@ from moe_runtime.placement.problem import Objective, Problem
 from moe_runtime.placement.recordings import Recording, in_phase, read_recordings
 from moe_runtime.placement.residency import apply_tiers, count_uses
 from moe_runtime.placement.solve import SolveOptions, make_plan, split_holdout
+from moe_runtime.placement.timed_plan import Serving, make_timed_plan, timed_metrics
 from moe_runtime.placement.topology import Topology
 from moe_runtime.routing_counts import RoutingCounts
 
@@ -40,6 +42,8 @@ class MakeOptions:
     nodes: int
     topology: Path | None
     objective: str
+    mode: str | None
+    serving: ServingOptions
     load_cap: float | None
     redundant: int
     counts: str
@@ -92,8 +96,22 @@ def make(options: MakeOptions, console: Console) -> Plan:
         two = not (objective.time or objective.is_load or problem.redundant)
         two = two and options.method != "exact"
         solve_options = replace(solve_options, stages=2 if two else 1)
+    timed = options.mode is not None or options.serving.given
+    serving = serving_of(options.serving, problem.topology, recording) if timed else None
     with SolveProgress(console, options.time_limit) as progress:
-        made = _solved(options.groups, problem, train, held_out, solve_options, progress)
+        if options.mode is not None and serving is not None:
+            made = make_timed_plan(
+                problem,
+                train,
+                serving,
+                options.mode,
+                held_out=held_out,
+                options=solve_options,
+                progress=progress,
+            )
+        else:
+            made = _solved(options.groups, problem, train, held_out, solve_options, progress)
+            made = _with_step_time(made, train, held_out, serving)
     if problem.spill:
         made = _with_tiers(made, train, problem, options, facts)
     return replace(
@@ -127,6 +145,17 @@ def _solved(
     return experts_of_groups(made, problem.experts)
 
 
+def _with_step_time(
+    made: Plan, train: Recording, held_out: Recording | None, serving: Serving | None
+) -> Plan:
+    """With both modes' predictions in its metrics, if it is known how it is to be run."""
+    if serving is None:
+        return made
+    found = timed_metrics(made.matrices(), made.topology, held_out or train, serving)
+    found["measured_on"] = "train" if held_out is None else "held_out"
+    return replace(made, metrics={**made.metrics, "step_time": found})
+
+
 def _solve_options(options: MakeOptions, objective: Objective) -> SolveOptions:
     """Checked before a trace is read; `auto` stages are settled once the topology is known."""
     return SolveOptions(
@@ -144,6 +173,8 @@ def _check_affinity(recording: Recording, objective: Objective, options: MakeOpt
     """Say it at once, with the file's name, where an objective needs what was not recorded."""
     if objective.is_load:
         return
+    if options.mode is not None:
+        return  # of what is tried for a mode, the load needs no affinity
     if options.devices == 1:
         return  # nothing crosses: only the tiers are planned
     place = options.traces[0]

@@ -5,29 +5,40 @@ Knows documents and batches; does not know the command's options or output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_runtime.cli.options import tokenizer_options
+from moe_runtime.cli.room import AskedRoom
 from moe_runtime.errors import ConfigError, TraceError
 
 __all__ = ["Recorded", "record_documents"]
 
+T = TypeVar("T")
+
+_TEXTS = 256  # tokenized at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """What a recording left: the file, its tokens, prompts that ran, whether it was cut short."""
+    """What a recording left: the file, its tokens, prompts that ran, whether it was cut short.
+
+    Args:
+        record: the run record of the runtime over all of it.
+    """
 
     path: Path
     tokens: int
     prompts: int
     interrupted: bool
+    record: dict[str, Any]
 
 
 def record_documents(
@@ -37,6 +48,7 @@ def record_documents(
     *,
     hub: dict[str, Any],
     runtime: dict[str, Any],
+    room: AskedRoom,
     new_tokens: int,
     batch_size: int,
     max_tokens: int | None,
@@ -62,7 +74,17 @@ def record_documents(
         raise TraceError(f"{out}: exists already; move it away or name another file")
     tokenizer = AutoTokenizer.from_pretrained(model_path, **tokenizer_options(hub))
     _prepare(tokenizer, batched=batch_size > 1)
-    model = moe_runtime.from_pretrained(model_path, **runtime, **hub)
+    rows = [
+        ids
+        for texts in _batches(chosen, _TEXTS)
+        for ids in _token_ids(tokenizer, texts, max_tokens=max_tokens, chat=chat)
+    ]
+    if not any(rows):
+        raise ConfigError("no prompt has a token; give some text")
+    left = room.for_prompts(
+        map(len, rows), new_tokens=max(new_tokens, 1), at_once=min(batch_size, len(rows))
+    )
+    model = moe_runtime.from_pretrained(model_path, **runtime, **left, **hub)
     stops = _stop_tokens(model)
     prompts, interrupted = 0, False
     with _progress(console) as progress:
@@ -72,18 +94,21 @@ def record_documents(
             with moe_runtime.record(
                 model, path=out, tokenizer_id=str(model_path), stop_tokens=stops
             ) as recorder:
-                for batch in _batches(chosen, batch_size):
-                    inputs = _encode(tokenizer, batch, max_tokens=max_tokens, chat=chat)
+                for batch in _batches(rows, batch_size):
+                    inputs = _inputs(tokenizer, batch)
                     if inputs is not None:
                         _run(model, inputs.to(model.device), new_tokens)
                     prompts += len(batch)
                     progress.update(task, completed=prompts, tokens=recorder.rows)
         except KeyboardInterrupt:
             interrupted = True
-    tokens = 0 if recorder is None else recorder.rows
-    if not tokens and not interrupted:
-        raise ConfigError("no prompt has a token; give some text")
-    return Recorded(path=out, tokens=tokens, prompts=prompts, interrupted=interrupted)
+    return Recorded(
+        path=out,
+        tokens=0 if recorder is None else recorder.rows,
+        prompts=prompts,
+        interrupted=interrupted,
+        record=moe_runtime.report(model, simulate=False).to_dict(),
+    )
 
 
 def _progress(console: Console) -> Progress:
@@ -99,9 +124,9 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _batches(documents: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(documents), size):
-        yield documents[start : start + size]
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _prepare(tokenizer: Any, *, batched: bool) -> None:
@@ -124,8 +149,10 @@ def _stop_tokens(model: Any) -> tuple[int, ...]:
     return (stops,) if isinstance(stops, int) else tuple(int(stop) for stop in stops)
 
 
-def _encode(tokenizer: Any, batch: list[str], *, max_tokens: int | None, chat: bool) -> Any:
-    """Token ids and mask `[batch, tokens]`, without prompts that have no token; None if none has.
+def _token_ids(
+    tokenizer: Any, batch: Sequence[str], *, max_tokens: int | None, chat: bool
+) -> list[array[int]]:
+    """Token ids of each prompt, four bytes each.
 
     Raises:
         ValueError: `chat` is asked for and there is no template.
@@ -140,8 +167,13 @@ def _encode(tokenizer: Any, batch: list[str], *, max_tokens: int | None, chat: b
         ]
         encoded = tokenizer(rows, add_special_tokens=False, return_token_type_ids=False, **how)
     else:
-        encoded = tokenizer(batch, return_token_type_ids=False, **how)
-    kept = [ids for ids in encoded["input_ids"] if len(ids)]
+        encoded = tokenizer(list(batch), return_token_type_ids=False, **how)
+    return [array("i", ids) for ids in encoded["input_ids"]]
+
+
+def _inputs(tokenizer: Any, batch: Sequence[array[int]]) -> Any:
+    """Ids and mask `[batch, tokens]`, without prompts that have no token; None if none has."""
+    kept = [list(ids) for ids in batch if ids]
     if not kept:
         return None
     if len(kept) == 1:

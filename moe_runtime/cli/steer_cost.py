@@ -29,6 +29,7 @@ from moe_runtime.cli.options import (
     outcome_place,
     tokenizer_options,
 )
+from moe_runtime.cli.room import AskedRoom
 from moe_runtime.cli.session import emit_json, quiet_libraries, session, to_stderr
 from moe_runtime.corpus import read_corpus
 from moe_runtime.report import SteeringReport
@@ -148,13 +149,15 @@ def _measure(
     from moe_runtime.steering.cost_run import measure_cost
 
     tokenizer = AutoTokenizer.from_pretrained(path, **tokenizer_options(hub))
-    loaded = moe_runtime.from_pretrained(path, **runtime, **hub)
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    room = AskedRoom().for_prompts(map(len, prompts), new_tokens=options["max_new_tokens"])
+    loaded = moe_runtime.from_pretrained(path, **runtime, **room, **hub)
     file.check(moe_runtime.runtime_of(loaded).spec)
     with to_stderr().status("measuring") as status:
         return measure_cost(
             loaded,
             _with_beta(file.steering, beta),
-            [tokenizer(text)["input_ids"] for text in texts],
+            prompts,
             tokenizer=tokenizer,
             name=name,
             progress=status.update,

@@ -14,11 +14,14 @@ import typer
 
 from moe_runtime.cli.groups import group
 from moe_runtime.cli.options import (
+    AskedBatchOption,
+    AskedLengthOption,
     DebugOption,
     DtypeOption,
     ExactOption,
     ExpertBudgetOption,
     HostBudgetOption,
+    HostExecutionOption,
     JsonOption,
     LocalOption,
     ModelArgument,
@@ -31,6 +34,7 @@ from moe_runtime.cli.options import (
     outcome_place,
 )
 from moe_runtime.cli.recording import Recorded, record_documents
+from moe_runtime.cli.room import AskedRoom, budget_line
 from moe_runtime.cli.session import emit_json, quiet_libraries, session, to_stderr
 from moe_runtime.cli.trace_import import import_command
 from moe_runtime.corpus import SPLITS, read_corpus
@@ -86,7 +90,10 @@ def record(  # noqa: PLR0913, PLR0917  the command's options
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")] = "auto",
     policy: PolicyOption = "lru",
     exact: ExactOption = False,
+    host_execution: HostExecutionOption = "auto",
     reader_threads: ReaderThreadsOption = 3,
+    max_batch: AskedBatchOption = None,
+    max_length: AskedLengthOption = None,
     dtype: DtypeOption = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
@@ -121,6 +128,7 @@ def record(  # noqa: PLR0913, PLR0917  the command's options
             "device": device,
             "policy": policy,
             "exact": exact,
+            "host_execution": host_execution,
             "reader_threads": reader_threads,
         }
         documents = read_corpus(sys.stdin if str(data) == "-" else data, split=split)
@@ -131,6 +139,7 @@ def record(  # noqa: PLR0913, PLR0917  the command's options
             place,
             hub=hub,
             runtime=options,
+            room=AskedRoom(max_batch=max_batch, max_length=max_length),
             new_tokens=max_new_tokens,
             batch_size=batch_size,
             max_tokens=max_tokens,
@@ -152,6 +161,7 @@ def _show_recorded(done: Recorded, seconds: float, *, as_json: bool) -> None:
                 "prompts": done.prompts,
                 "bytes": size,
                 "seconds": round(seconds, 3),
+                "budget": done.record["budget"],
                 "interrupted": done.interrupted,
             }
         )
@@ -161,6 +171,8 @@ def _show_recorded(done: Recorded, seconds: float, *, as_json: bool) -> None:
             + (", interrupted: it holds what ran until then" if done.interrupted else ""),
             err=done.interrupted,
         )
+        if line := budget_line(done.record):
+            typer.echo(line, err=True)
     if done.interrupted:
         raise KeyboardInterrupt
 

@@ -185,23 +185,7 @@ class Decode:
             device=device,
         )
         for added, come in zip(taken, arrived[2:], strict=not last):
-            rows = come.rows[0]
-            layers = len(added.layers)
-            numbers = rows.new_zeros(len(batch) * longest, layers, rows.shape[-1])
-            numbers[at] = rows
-            numbers = numbers.unflatten(0, (len(batch), longest)).permute(2, 0, 1, 3)
-            grid = torch.cartesian_prod(torch.tensor(added.layers), torch.arange(len(batch))).to(
-                device
-            )
-            whole.commit(
-                Added(
-                    form=added.form,
-                    layers=added.layers,
-                    layer=grid[:, 0],
-                    sequence=grid[:, 1],
-                    numbers=numbers.flatten(0, 1),
-                )
-            )
+            whole.commit(_placed(added, come.rows[0], at, len(batch), longest))
         if not last:
             self.kv_row_bytes = sum(
                 one.numbers.shape[-1] * one.numbers.itemsize * len(one.layers) for one in taken
@@ -362,3 +346,25 @@ class Decode:
         (tokens,) = self._link.gather(phase + TOKENS, None, [self._tokens_of(mine)])
         ordered = [one for rank in range(self._link.size) for one in batch if one.rank == rank]
         self._learn_tokens(ordered, mine, tokens)
+
+
+def _placed(
+    like: Added, rows: torch.Tensor, at: torch.Tensor, sequences: int, longest: int
+) -> Added:
+    """Rows of a prefill `[real tokens, layers, numbers]` as what all sequences add.
+
+    Args:
+        at: int64 `[real tokens]`, sequence * longest + column of each; other columns are padding,
+            which the attention mask hides.
+    """
+    numbers = rows.new_zeros(sequences * longest, *rows.shape[1:])
+    numbers[at] = rows
+    numbers = numbers.unflatten(0, (sequences, longest)).permute(2, 0, 1, 3).flatten(0, 1)
+    grid = torch.cartesian_prod(torch.tensor(like.layers), torch.arange(sequences)).to(rows.device)
+    return Added(
+        form=like.form,
+        layers=like.layers,
+        layer=grid[:, 0],
+        sequence=grid[:, 1],
+        numbers=numbers,
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_runtime.errors import ConfigError
 from moe_runtime.files import write_text
 from moe_runtime.parallel.traffic import Traffic
 from moe_runtime.trace import RoutingTrace
@@ -169,3 +170,42 @@ class ParallelRun:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file, whole or not at all."""
         return write_text(path, json.dumps(self.to_dict(), allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ParallelRun:
+        """Read a file.
+
+        Raises:
+            ConfigError: no such file, another format or version, or damaged; names file and field.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: no readable JSON file ({error}); check the path") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ConfigError(f"{path}: field 'format' is not {FORMAT!r}; this is no parallel run")
+        if data.get("version") != VERSION:
+            raise ConfigError(
+                f"{path}: field 'version' is {data.get('version')!r}, this release reads "
+                f"{VERSION}; run again"
+            )
+        try:
+            return cls._read(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: damaged at {error}; run again") from error
+
+    @classmethod
+    def _read(cls, data: dict[str, Any]) -> ParallelRun:
+        plain = ("mode", "asked", "ranks", "steps", "kv_row_bytes", "seconds", "predicted")
+        rows = ("sent", "cache_bytes", "idle_seconds", "slept_seconds")
+        check = data["check"]
+        given: dict[str, Any] = {name: data[name] for name in plain}
+        given |= {name: tuple(data[name]) for name in rows}
+        return cls(
+            **given,
+            outputs=tuple(tuple(int(token) for token in tokens) for tokens in data["outputs"]),
+            traffic=tuple(Traffic(**entry) for entry in data["traffic"]),
+            stays=tuple(LayerStays(**entry) for entry in data["stays"]),
+            lean=tuple(data["lean_layers"]),
+            check=None if check is None else SelfCheck(**check),
+        )

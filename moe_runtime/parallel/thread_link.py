@@ -21,6 +21,10 @@ _Result = TypeVar("_Result")
 _HEADER = 8  # what a frame would take between processes
 
 
+class _LeftAloneError(ParallelError):
+    """Another rank did not come: what it says itself tells more."""
+
+
 class _Hub:
     """What the links of one set share: parcels on their way, and the step to go together."""
 
@@ -57,7 +61,7 @@ class ThreadLink(Link):
         try:
             self._hub.barrier.wait(self.timeout)
         except threading.BrokenBarrierError:
-            raise ParallelError(
+            raise _LeftAloneError(
                 f"rank {self.rank}: {what} did not come to an end within {self.timeout:g} s, or "
                 "another rank has failed; look at the others' messages first"
             ) from None
@@ -99,5 +103,5 @@ def run_ranks(
         wait(futures)
     failures = [error for future in futures if (error := future.exception()) is not None]
     if failures:
-        raise next((e for e in failures if not isinstance(e, ParallelError)), failures[0])
+        raise next((e for e in failures if not isinstance(e, _LeftAloneError)), failures[0])
     return [future.result() for future in futures]

@@ -318,6 +318,8 @@ def _tables(run: Run, summary: Summary) -> list[tuple[str, list[tuple[str, str]]
         ("Read from disk", size(totals.bytes_read)),
         ("Weights of the misses", size(None if each is None else totals.misses * each)),
         ("Read from host memory", size(totals.host_bytes)),
+        ("Misses computed on the host", count(totals.hosted)),
+        ("… time of computing them", duration(totals.hosted_seconds)),
         ("Time in steps", duration(totals.step_seconds)),
         ("… in experts", duration(totals.expert_seconds)),
         ("… waiting for experts", duration(totals.stall_seconds)),

@@ -15,6 +15,7 @@ from moe_runtime.errors import PlanError
 from moe_runtime.placement.plan import Plan
 from moe_runtime.report import plan_facts as facts
 from moe_runtime.report.layout import save_as
+from moe_runtime.report.plan_step_time import step_time_lines
 from moe_runtime.report.summary import size
 
 __all__ = ["PlanReport"]
@@ -59,6 +60,7 @@ class PlanReport:
         lines = [f"certificate: {proof}"]
         support = facts.support_line(plan) if plan.devices > 1 else None
         lines += [f"support: {support}"] if support else []
+        lines += step_time_lines(plan)
         return lines + ([f"residency: {residency}"] if residency else [])
 
     def facts(self) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Counters:
     """Totals of a run. Bytes are bytes, times are seconds.
 
     A hit or a miss is one expert that one layer needed in one forward call, however many tokens
-    were routed to it. `rereads` are the misses of experts that had been loaded before.
+    were routed to it. `rereads` are the misses of experts that had been loaded before, `hosted`
+    those that the host computed, `hosted_rows` their tokens.
     """
 
     steps: int
@@ -71,6 +72,9 @@ class Counters:
     step_seconds: float
     prefill_seconds: float
     decode_seconds: float
+    hosted: int = 0
+    hosted_rows: int = 0
+    hosted_seconds: float = 0.0
 
     @property
     def uses(self) -> int:
@@ -209,6 +213,8 @@ def read_run(data: Any) -> Run:
 def _counters(data: Mapping[str, Any]) -> Counters:
     values: dict[str, Any] = {}
     for entry in dataclasses.fields(Counters):
+        if entry.name not in data and entry.default is not dataclasses.MISSING:
+            continue  # a run of before there was this
         read = _number if entry.type == "float" else _count
         values[entry.name] = read(data, entry.name, "counters")
     return Counters(**values)

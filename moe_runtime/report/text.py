@@ -91,8 +91,9 @@ def _uses(run: Run) -> str:
 
 def _reads(run: Run, summary: Summary) -> str:
     totals = run.counters
+    hosted = f"{count(totals.hosted)} misses computed on the host, " if totals.hosted else ""
     return (
-        f"{size(totals.bytes_read)} from disk, {size(totals.host_bytes)} from host memory, "
+        f"{size(totals.bytes_read)} from disk, {size(totals.host_bytes)} from host memory, {hosted}"
         f"stalled {duration(totals.stall_seconds)} ({percent(summary.stall_share)})"
     )
 
@@ -161,9 +162,11 @@ def _budget(run: Run, summary: Summary) -> str:
 
 
 def _why(run: Run) -> str | None:
-    """How an automatic budget was chosen; one that was asked for needs no reason."""
-    text = run.section("budget").get("explanation")
-    return text if isinstance(text, str) and text.startswith("auto: ") else None
+    """How an automatic budget was chosen, or why it is less than what was asked for."""
+    budget = run.section("budget")
+    text = budget.get("explanation")
+    told = isinstance(text, str) and (text.startswith("auto: ") or budget.get("shrunk"))
+    return text if told else None
 
 
 def _memory(summary: Summary) -> str | None:
