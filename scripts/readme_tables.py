@@ -40,8 +40,12 @@ class TableError(ValueError):
 
 
 def look_up(data: Any, path: str, where: str) -> Any:
-    """The value at a `/`-separated path; TableError naming what is there instead."""
-    for step in filter(None, path.split("/")):
+    """The value at a `/`-separated path; TableError naming what is there instead.
+
+    A `//` is a slash inside a name.
+    """
+    for part in filter(None, path.replace("//", "\0").split("/")):
+        step = part.replace("\0", "/")
         if isinstance(data, dict) and step in data:
             data = data[step]
         elif isinstance(data, list) and re.fullmatch(r"-?\d+", step) and abs(int(step)) < len(data):

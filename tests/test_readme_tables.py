@@ -75,6 +75,13 @@ def test_a_table_is_made_from_a_list_of_rows(results: Path) -> None:
     assert "| 25.0 % |\n| 50.0 % |" in tables.render(text, results)
 
 
+def test_a_slash_in_a_name_is_doubled() -> None:
+    data = {"100 Mbit/s": {"speedup": 2}}
+    assert tables.look_up(data, "100 Mbit//s/speedup", "links.json") == 2
+    with pytest.raises(tables.TableError, match="no '100 Mbit'"):
+        tables.look_up(data, "100 Mbit/s/speedup", "links.json")
+
+
 def test_a_value_stands_in_a_sentence(results: Path) -> None:
     text = "It is <!-- value peers.json speedup : .1f -->1<!-- /value -->x."
     assert "-->12.3<!--" in tables.render(text, results)
