@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from moe_runtime.errors import AttachError, ConfigError, UnsupportedModelError
 from moe_runtime.path_forecast import PathForecast, check_predictor
 from moe_runtime.predictors.base import Predictor
 from moe_runtime.predictors.token_path import TokenPath
-from moe_runtime.prompt_state import LoopOptions, PromptState
+from moe_runtime.prompt_state import LoopOptions, PromptState, check_prompts
 from moe_runtime.runtime import Runtime, runtime_of
 from moe_runtime.scheduler import METHODS
 from moe_runtime.token_choice import TokenChoice
@@ -86,7 +85,7 @@ def generate_batches(  # noqa: PLR0913  its options
     """
     runtime = _runtime(model)
     _check_model(model)
-    _check_prompts(model, prompts)
+    check_prompts(prompts, model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     options = LoopOptions(
         batch_size=_at_least_one("batch_size", batch_size),
         window=_window(window, schedule, len(prompts), batch_size),
@@ -177,25 +176,6 @@ def _check_model(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is an encoder-decoder; generate_batches runs decoder-only "
             "models. Use model.generate"
         )
-
-
-def _check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-    if not len(prompts):
-        raise ConfigError("no prompts: give one at least")
-    vocabulary: Any = model.get_input_embeddings()
-    size = int(vocabulary.num_embeddings)
-    given: Sequence[Any] = prompts
-    for number, prompt in enumerate(given):
-        if isinstance(prompt, str) or not len(prompt):
-            raise ConfigError(
-                f"prompt {number} is {prompt!r:.40}; a prompt is a list of one or more token ids"
-            )
-        wrong = next((token for token in prompt if not 0 <= int(token) < size), None)
-        if wrong is not None:
-            raise ConfigError(
-                f"prompt {number} has the token id {wrong}; the model's vocabulary has ids 0 to "
-                f"{size - 1}: use its own tokenizer"
-            )
 
 
 def _at_least_one(name: str, value: int) -> int:

@@ -7,12 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from moe_runtime.errors import ConfigError
 from moe_runtime.token_choice import TokenChoice
 
-__all__ = ["Kept", "LoopOptions", "PromptState"]
+__all__ = ["Kept", "LoopOptions", "PromptState", "check_prompts"]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
+    """The prompts as lists of token ids.
+
+    Args:
+        vocabulary: ids are below this.
+
+    Raises:
+        ConfigError: none, one without a token, or an id that the model does not have.
+    """
+    if not len(prompts):
+        raise ConfigError("no prompts: give one at least")
+    given: Sequence[Any] = prompts
+    for number, prompt in enumerate(given):
+        if isinstance(prompt, str) or not len(prompt):
+            raise ConfigError(
+                f"prompt {number} is {prompt!r:.40}; a prompt is a list of one or more token ids"
+            )
+        wrong = next((token for token in prompt if not 0 <= int(token) < vocabulary), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"prompt {number} has the token id {wrong}; the model's vocabulary has ids 0 to "
+                f"{vocabulary - 1}: use its own tokenizer"
+            )
+    return [[int(token) for token in prompt] for prompt in given]
 
 
 @dataclass(frozen=True, kw_only=True)

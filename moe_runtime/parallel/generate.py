@@ -20,6 +20,7 @@ from moe_runtime.parallel.options import ParallelOptions
 from moe_runtime.parallel.ready import ready_checkpoint, ready_model
 from moe_runtime.parallel.run import ParallelRun
 from moe_runtime.placement.plan import Plan
+from moe_runtime.prompt_state import check_prompts
 
 __all__ = ["generate"]
 
@@ -97,24 +98,7 @@ def generate(
 
 
 def _checked(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    if not len(prompts):
-        raise ConfigError("no prompts: give one at least")
-    size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    found = []
-    given: Sequence[Any] = prompts
-    for number, prompt in enumerate(given):
-        if isinstance(prompt, str) or not len(prompt):
-            raise ConfigError(
-                f"prompt {number} is {prompt!r:.40}; a prompt is a list of one or more token ids"
-            )
-        wrong = next((token for token in prompt if not 0 <= int(token) < size), None)
-        if wrong is not None:
-            raise ConfigError(
-                f"prompt {number} has the token id {wrong}; the model's vocabulary has ids 0 to "
-                f"{size - 1}: use its own tokenizer"
-            )
-        found.append([int(token) for token in prompt])
-    return found
+    return check_prompts(prompts, model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
 
 
 def _stop_tokens(model: PreTrainedModel, given: Collection[int] | None) -> frozenset[int]:

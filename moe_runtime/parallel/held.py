@@ -92,8 +92,9 @@ def refuse_modules(spec: MoESpec) -> None:
     apart = next((layer for layer in spec.layers if layer.modules), None)
     if apart is not None:
         raise UnsupportedModelError(
-            f"{apart.path} ({apart.class_name}) keeps its experts as modules of their own, not "
-            "behind transformers' experts interface; expert parallelism needs that interface"
+            f"{apart.path} ({apart.class_name}) keeps its experts as modules of their own; expert "
+            "parallelism runs experts behind transformers' experts interface only. Run it with "
+            "moe_runtime.from_pretrained, in one process"
         )
 
 

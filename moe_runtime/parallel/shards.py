@@ -16,11 +16,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_runtime.checkpoint import map_experts
 from moe_runtime.device import open_device
-from moe_runtime.errors import PlanError, UnsupportedModelError
+from moe_runtime.errors import PlanError
 from moe_runtime.expert_tensors import held_tensors, place_placeholders
 from moe_runtime.layout import largest_whole_row
 from moe_runtime.loading import build_structure, load_without_experts, read_config, resolve_class
 from moe_runtime.model_spec import MoELayer, MoESpec, read_spec
+from moe_runtime.parallel.held import refuse_modules
 from moe_runtime.placement.plan import Plan
 from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, resolve_shards
 from moe_runtime.slots import SlotPool
@@ -167,7 +168,7 @@ def open_source(path_or_id: str | os.PathLike[str], **options: Any) -> ShardSour
         dtype = getattr(torch, dtype, None)
     _, structure = build_structure(cls, config, dtype)
     spec = replace(structure.of(), model_id=path_or_id)
-    _refuse_modules(spec)
+    refuse_modules(spec)
     return ShardSource(
         path_or_id=path_or_id,
         config=config,
@@ -185,7 +186,7 @@ def shard_of(model: PreTrainedModel, owned: Mapping[int, Sequence[int]]) -> Shar
         UnsupportedModelError: as `open_source`.
     """
     spec = read_spec(model)
-    _refuse_modules(spec)
+    refuse_modules(spec)
     store = ParameterStore([held_tensors(model, layer) for layer in spec.layers])
     device = next(model.parameters()).device
     return _filled(model, spec, owned, store, None, device)
@@ -259,13 +260,3 @@ def _fill(
 
 def _expert_bytes(spec: MoESpec, owned: Mapping[int, Sequence[int]]) -> int:
     return sum(len(owned[layer.layer]) * layer.expert_bytes for layer in spec.layers)
-
-
-def _refuse_modules(spec: MoESpec) -> None:
-    apart = next((layer for layer in spec.layers if layer.modules), None)
-    if apart is not None:
-        raise UnsupportedModelError(
-            f"{apart.path} ({apart.class_name}) keeps its experts as modules of their own; expert "
-            "parallelism runs experts behind transformers' experts interface only. Run it with "
-            "moe_runtime.from_pretrained, in one process"
-        )
