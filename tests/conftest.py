@@ -50,7 +50,19 @@ def pytest_configure() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+# Whatever they test runs no model: the release of transformers beside them makes no difference.
+PLAIN = (
+    *("test_import_table", "test_house", "test_readme_tables", "test_files", "test_places"),
+    *("test_placement_", "test_eplb", "test_replicas", "test_residency", "test_export"),
+    *("test_eviction", "test_cache", "test_hardware", "test_kernels_triton", "test_bench_"),
+    *("test_report", "test_importers", "test_steering_statistics", "test_slots"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name.startswith(PLAIN):
+            item.add_marker(pytest.mark.plain)
     if torch.cuda.is_available():
         return
     for item in items:

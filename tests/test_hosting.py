@@ -123,8 +123,11 @@ def test_outputs_come_expert_by_expert() -> None:
     for batch in batches:
         assert torch.equal(batch.outputs(), wanted)
         assert batch.seconds > 0
+    thread = host._thread
+    assert thread is not None
+    assert thread.is_alive()
     host.close()
-    assert not any(thread.name == "moe-host-experts" for thread in threading.enumerate())
+    assert not thread.is_alive()
     host.close()
 
 

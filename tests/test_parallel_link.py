@@ -14,7 +14,7 @@ from torch import multiprocessing
 from moe_runtime.errors import ConfigError, ParallelError
 from moe_runtime.parallel import GroupLink, Link, run_ranks
 from moe_runtime.parallel.traffic import Traffic, add_traffic
-from parallel_links import check_gloo_links, rows_of
+from gloo_links import check_gloo_links, rows_of
 
 
 @settings(max_examples=25)
