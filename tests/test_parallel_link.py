@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing
 
+from gloo_links import check_gloo_links, rows_of
 from moe_runtime.errors import ConfigError, ParallelError
 from moe_runtime.parallel import GroupLink, Link, run_ranks
 from moe_runtime.parallel.traffic import Traffic, add_traffic
-from gloo_links import check_gloo_links, rows_of
 
 
 @settings(max_examples=25)
