@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -45,7 +42,7 @@ from corpora import corpora
 from moe_runtime.trace import RoutingTrace
 from moe_runtime.version import __version__
 from peers.machine import describe_machine
-from shaped_network import burst_bytes, shaped_network
+from shaped_network import burst_bytes, run_ranks
 
 RESULTS = Path(__file__).parent / "results" / "parallel_links.json"
 SAY = Console(stderr=True, highlight=False)
@@ -72,36 +69,11 @@ class Setting:
     serving: Serving
 
 
-def run_ranks(ranks: int, rate: float, task: dict[str, Any], arrays: dict[str, Any]) -> Any:
-    """What rank 0 found, of ranks that each run in a place of a fresh shaped network."""
-    with tempfile.TemporaryDirectory() as folder, shaped_network(ranks, rate) as places:
-        out, told = Path(folder, "out.json"), Path(folder, "task.json")
+def told_ranks(ranks: int, rate: float, task: dict[str, Any], arrays: dict[str, Any]) -> Any:
+    """What rank 0 found, of ranks that were given these arrays too."""
+    with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder, "arrays.npz"), **arrays)
-        told.write_text(
-            json.dumps({
-                **task, "ranks": ranks, "out": str(out), "arrays": str(Path(folder, "arrays.npz")),
-            })
-        )  # fmt: skip
-        script = str(Path(__file__).with_name("parallel_links_rank.py"))
-        started = [
-            subprocess.Popen(
-                place.command([sys.executable, script, str(told), str(rank), places[0].address]),
-                env={
-                    **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": place.interface,
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",
-                },
-            )
-            for rank, place in enumerate(places)
-        ]  # fmt: skip
-        try:
-            codes = [one.wait(timeout=300) for one in started]
-        finally:
-            for one in started:
-                if one.poll() is None:
-                    one.kill()
-        if any(codes):
-            raise RuntimeError(f"ranks ended with {codes}")
-        return json.loads(out.read_text())
+        return run_ranks("parallel_links_rank.py", ranks, rate, task, Path(folder))
 
 
 def recorded_routing() -> RoutingTrace:
@@ -119,7 +91,7 @@ def recorded_routing() -> RoutingTrace:
 
 def raw_links(ranks: int, rate: float) -> list[dict[str, Any]]:
     """Measured collectives, beside bytes over bandwidth, alone and with an empty one's time."""
-    found = run_ranks(ranks, rate, {"raw": RAW_SIZES, "variants": []}, {})["raw"]
+    found = told_ranks(ranks, rate, {"raw": RAW_SIZES, "variants": []}, {})["raw"]
     base = found[0]["seconds"]
     for row in found:
         ideal = row["bytes"] * (ranks - 1) * 8 / rate
@@ -169,7 +141,7 @@ def measured(
         "rounds": ROUNDS,
         "latency": serving.links.near.latency,
     }
-    answer = run_ranks(setting.ranks, rate, task, arrays)
+    answer = told_ranks(setting.ranks, rate, task, arrays)
     found, base = answer["steps"], median(answer["base"])
     # Means over the steps of a round, compared within the round: rounds see the same machine load.
     rounds = {name: [fmean(times) for times in found[name]][1:] for name in found}

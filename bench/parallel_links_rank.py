@@ -103,11 +103,11 @@ def main() -> None:
     if task["raw"]:
         found["raw"] = raw(rank, task["ranks"], task["raw"])
     if task["variants"]:
-        with np.load(task["arrays"], allow_pickle=False) as arrays:
+        with np.load(Path(task["folder"], "arrays.npz"), allow_pickle=False) as arrays:
             found |= steps(rank, task, {name: arrays[name] for name in task["variants"]})
     dist.barrier()
     if rank == 0:
-        Path(task["out"]).write_text(json.dumps(found))
+        Path(task["folder"], "out.json").write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may still be closing; nothing is left to do
 

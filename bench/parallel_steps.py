@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +38,7 @@ from corpora import corpora
 from moe_runtime.trace import RoutingTrace
 from moe_runtime.version import __version__
 from peers.machine import describe_machine
-from shaped_network import shaped_network
+from shaped_network import run_ranks
 
 RESULTS = Path(__file__).parent / "results" / "parallel_steps.json"
 SAY = Console(stderr=True, highlight=False)
@@ -65,34 +62,6 @@ def inputs(path: str) -> tuple[RoutingTrace, list[list[int]]]:
                 for text in texts[TRAIN_TEXTS : TRAIN_TEXTS + PROMPTS // 3 + 1]
             ]
     return recorder.trace, prompts[:PROMPTS]
-
-
-def run_ranks(ranks: int, rate: float, task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What rank 0 found."""
-    told = folder / "task.json"
-    told.write_text(json.dumps({**task, "ranks": ranks, "folder": str(folder)}))
-    script = str(Path(__file__).with_name("parallel_steps_rank.py"))
-    with shaped_network(ranks, rate) as places:
-        started = [
-            subprocess.Popen(
-                place.command([sys.executable, script, str(told), str(rank), places[0].address]),
-                env={
-                    **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": place.interface,
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",
-                },
-            )
-            for rank, place in enumerate(places)
-        ]  # fmt: skip
-        try:
-            codes = [one.wait(timeout=400) for one in started]
-        finally:
-            for one in started:
-                if one.poll() is None:
-                    one.kill()
-    if any(codes):
-        raise RuntimeError(f"ranks ended with {codes}")
-    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-    return found
 
 
 def measured(
@@ -126,7 +95,7 @@ def measured(
             plan = replace(found_plan, fingerprint="")
             paths[variant] = str(plan.save(folder / f"{number}.plan.json"))
         task = {**told, "top_k": k, "plans": paths, "latency": latency}
-        found = run_ranks(ranks, rate, task, folder)
+        found = run_ranks("parallel_steps_rank.py", ranks, rate, task, folder)
         rows = {}
         for variant, plan in plans.items():
             trace = RoutingTrace.load(folder / f"{variant}.trace.safetensors").decode()

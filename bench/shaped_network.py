@@ -1,17 +1,21 @@
 """Owns network namespaces whose links are shaped in rate: one for each rank, one for the switch.
 
-Needs root. Does not know what runs in them. Latency is not shaped: netem is not in every kernel.
+Needs root. Does not know what ranks do there. Latency is not shaped: netem is not in every kernel.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 _PREFIX = "moert"  # of the names of our own namespaces; the process id follows
 _MTU = 9000
@@ -61,6 +65,42 @@ def shaped_network(ranks: int, bits_per_second: float) -> Iterator[list[Place]]:
         for name in (*(place.namespace for place in places), switch):
             _remove(name)
         signal.signal(signal.SIGTERM, before)
+
+
+def run_ranks(script: str, ranks: int, rate: float, task: dict[str, Any], folder: Path) -> Any:
+    """What rank 0 left in `folder / "out.json"`, of ranks in places of a fresh network.
+
+    Args:
+        script: in this folder, run as `SCRIPT TASK.json RANK ADDRESS`.
+        rate: bits a second.
+        task: told to every rank, with `ranks` and `folder`.
+
+    Raises:
+        RuntimeError: a rank ended with an error.
+    """
+    told = folder / "task.json"
+    told.write_text(json.dumps({**task, "ranks": ranks, "folder": str(folder)}))
+    path = str(Path(__file__).with_name(script))
+    with shaped_network(ranks, rate) as places:
+        started = [
+            subprocess.Popen(
+                place.command([sys.executable, path, str(told), str(rank), places[0].address]),
+                env={
+                    **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": place.interface,
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",
+                },
+            )
+            for rank, place in enumerate(places)
+        ]  # fmt: skip
+        try:
+            codes = [one.wait(timeout=400) for one in started]
+        finally:
+            for one in started:
+                if one.poll() is None:
+                    one.kill()
+    if any(codes):
+        raise RuntimeError(f"ranks ended with {codes}")
+    return json.loads((folder / "out.json").read_text())
 
 
 def burst_bytes(bits_per_second: float) -> int:

@@ -200,7 +200,7 @@ class Fetcher:
     def keep_in_host(self, position: int, expert: int, token: Any) -> None:
         """Whoever wants the memory of these host tensors waits for `token` first."""
         if self._host is not None and self._store.host_tensors(position, expert) is None:
-            self._host.lease(position, expert, token)
+            self._host.compute(position, expert, token)
 
     def promote(self, position: int, expert: int) -> None:
         """An expert that is on its way ahead is needed now: the rest of it goes first."""

@@ -141,7 +141,7 @@ class SlotLayers:
             if chosen:
                 hosted.append(self._submit(position, routing, chosen, hidden, form, before))
                 hosted[-1].alone = len(chosen) == len(misses)
-            return chosen
+            return list(chosen)
 
         try:
             asks = elsewhere if self.hosting is not None else None
@@ -227,15 +227,17 @@ class SlotLayers:
 
     def _chosen(
         self, position: int, routing: LayerRouting, misses: Sequence[int], hidden: torch.Tensor
-    ) -> list[int]:
+    ) -> dict[int, tuple[torch.Tensor, ...]]:
+        """The misses that go to the host, with their weights there."""
         assert self.hosting is not None
         tokens = dict(
             zip(routing.access.experts.tolist(), routing.access.tokens.tolist(), strict=True)
         )
-        able = []
+        able, weights = [], {}
         for expert in misses:
             held = self._fetcher.in_host(position, expert)
             if held is not None:
+                weights[expert] = held
                 able.append(
                     Miss(
                         expert=expert,
@@ -245,22 +247,24 @@ class SlotLayers:
                     )
                 )
         missing = set(misses)
-        return self.hosting.choose(
+        chosen = self.hosting.choose(
             able,
             residents=[count for expert, count in tokens.items() if expert not in missing],
             row_bytes=hidden.shape[1] * hidden.element_size(),
             link_bytes=self._loader.busy_bytes,
         )
+        return {expert: weights[expert] for expert in chosen}
 
     def _submit(
         self,
         position: int,
         routing: LayerRouting,
-        experts: list[int],
+        chosen: dict[int, tuple[torch.Tensor, ...]],
         hidden: torch.Tensor,
         form: ExpertForm,
         before: object,
     ) -> _Hosted:
+        experts = list(chosen)
         pairs, counts = routing.of(experts)
         rows, copied = self._device.to_host(hidden, before)
 
@@ -268,11 +272,11 @@ class SlotLayers:
             self._device.finish(copied)
             return rows
 
-        work = []
-        for expert, own in zip(experts, (pairs % len(hidden)).split(counts), strict=True):
-            tensors = self._fetcher.in_host(position, expert)
-            assert tensors is not None, "it was there when it was chosen"
-            work.append(HostExpert(tensors=tensors, rows=own))
+        rows_of = (pairs % len(hidden)).split(counts)
+        work = [
+            HostExpert(tensors=tensors, rows=own)
+            for tensors, own in zip(chosen.values(), rows_of, strict=True)
+        ]
         # What follows the products is done where all contributions are.
         bare = replace(form, activation=form.gate or form.activation, finish=None)
         batch = self._host.submit(work, bare, arrived)

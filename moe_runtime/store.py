@@ -319,10 +319,16 @@ class HostTier:
         self._held: list[OrderedDict[tuple[int, int], int]] = [OrderedDict() for _ in counts]
         self._writing: dict[tuple[int, int], int] = {}
         self._leases: dict[tuple[int, int], Any] = {}
+        # Beside copies, not in their place: one may still be under way when the host computes.
+        self._computing: dict[tuple[int, int], Any] = {}
 
     def lease(self, position: int, expert: int, token: Any) -> None:
         """A copy out of this expert's memory is under way; `token` tells when it is done."""
         self._leases[(position, expert)] = token
+
+    def compute(self, position: int, expert: int, token: Any) -> None:
+        """This expert's memory is computed with until `token` is done."""
+        self._computing[(position, expert)] = token
 
     def lookup(self, position: int, expert: int) -> Tensors | None:
         """The expert's pinned tensors, and mark it most recently used; None if it is not held."""
@@ -344,6 +350,7 @@ class HostTier:
                 return None
             slot = self._held[group].pop(victim)
             self._finish(self._leases.pop(victim, None))
+            self._finish(self._computing.pop(victim, None))
         self._writing[(position, expert)] = slot
         return self._pools[group].tensors(slot)
 
