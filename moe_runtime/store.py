@@ -350,7 +350,8 @@ class HostTier:
                 return None
             slot = self._held[group].pop(victim)
             self._finish(self._leases.pop(victim, None))
-            self._finish(self._computing.pop(victim, None))
+            if victim in self._computing:
+                self._finish(self._computing.pop(victim))
         self._writing[(position, expert)] = slot
         return self._pools[group].tensors(slot)
 
