@@ -56,7 +56,7 @@ class Parts:
     Args:
         budget: what the budget holds.
         forms: of each MoE layer, how its experts compute; None where they are modules.
-        fetcher: to be closed when the runtime goes, as are the executor's slots.
+        fetcher: its threads, like those of the slots of `executor`, end with the runtime.
     """
 
     budget: BudgetPlan

@@ -20,6 +20,7 @@ from moe_runtime import interface
 from moe_runtime.assembly import Parts
 from moe_runtime.config import RuntimeConfig
 from moe_runtime.device import Device
+from moe_runtime.ending import end_with
 from moe_runtime.errors import AttachError
 from moe_runtime.executor import LayerHandle
 from moe_runtime.model_spec import MoESpec
@@ -82,8 +83,8 @@ class Runtime:
         self._recorders: list[Recorder] = []
         self._sequence_ids: tuple[int, ...] | None = None
         # The runtime outlives the model that it was made for where a deep copy of that goes on.
-        weakref.finalize(self, parts.fetcher.close)
-        weakref.finalize(self, parts.executor.slots.close)
+        end_with(self, parts.fetcher)
+        parts.executor.slots.end_with(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
         # A copied model shares slots and counters with the one it was copied from.
