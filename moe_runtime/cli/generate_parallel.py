@@ -68,7 +68,7 @@ def run_rank(
     with say_when_terminated(), process_group(timeout=command.timeout) as link:
         first = link.rank == 0
         # Errors of the run are told by the inner session: in JSON by rank 0 alone.
-        with session(as_json=as_json and first, debug=debug):
+        with session(as_json=as_json and first, debug=debug), link.telling():
             plan = together(link, "reading the plan", lambda: _plan(command.plan))
             tokenizer, prompts = together(
                 link, "reading the prompts", lambda: _tokens(model, documents, hub, command.chat)

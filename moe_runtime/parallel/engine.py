@@ -160,9 +160,12 @@ class Engine:
         if not reason:
             return decoder, check
         if self._options.check != "fallback":
-            raise UnsupportedModelError(
-                f"coherent expert parallelism does not fit {type(self._model).__name__}: {reason} "
-                "(mode 'vanilla' works; check 'fallback' takes it by itself)"
+            raise self._link.agreed(
+                UnsupportedModelError(
+                    "coherent expert parallelism does not fit "
+                    f"{type(self._model).__name__}: {reason} (mode 'vanilla' works; check "
+                    "'fallback' takes it by itself)"
+                )
             )
         if check is None:
             check = SelfCheck(steps=0, largest=0.0, limit=0.0, passed=False, reason=reason)
