@@ -6,13 +6,16 @@ import copy
 import json
 import threading
 import time
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from failing_ranks import ERRORS, PLACES, RANKS, Said, main, run_failing, said_of
 from moe_runtime.errors import ParallelError
-from moe_runtime.parallel import Link, run_ranks, thread_links
+from moe_runtime.parallel import GroupLink, Link, run_ranks, thread_links
 from moe_runtime.parallel.agreement import together
 from moe_runtime.parallel.failures import (
     Failure,
@@ -21,6 +24,7 @@ from moe_runtime.parallel.failures import (
     failures_as_bytes,
     failures_from_bytes,
 )
+from moe_runtime.parallel.group_link import _came
 from parallel_models import tiny
 from parallel_ranks import some_ranks
 
@@ -183,6 +187,41 @@ def test_word_of_failures_reads_back_and_stays_short() -> None:
     assert str(failure_of(2, KeyboardInterrupt())) == "rank 2 failed: KeyboardInterrupt"
     for damaged in (b"", b"{}", b"[1]", b'[{"rank": 1}]', b"\xff"):
         assert failures_from_bytes(damaged) == ()
+
+
+class Late:
+    """A collective that has ended when it has been looked at so often."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_collective_that_cannot_be_waited_for_in_parts_is_looked_at() -> None:
+    assert _came(Late(5), 60.0)
+    late = Late(10**9)
+    began = time.monotonic()
+    assert not _came(late, 0.05)
+    assert 0.05 <= time.monotonic() - began < SOON
+    assert 10**9 - late.looks < 1000  # it sleeps in between
+
+
+def test_a_link_does_not_keep_the_default_group_from_ending(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    link = GroupLink()
+    with pytest.raises(KeyError), link.telling():
+        raise KeyError("alone")
+    with pytest.raises(ParallelError, match="process group is of no use any more: rank 0 failed"):
+        GroupLink()
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    assert group() is None
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/new", rank=0, world_size=1)
+    assert GroupLink().agree("anything", 1) == [1]
+    dist.destroy_process_group()
 
 
 MODEL = tiny(4)

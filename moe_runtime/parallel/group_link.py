@@ -93,15 +93,15 @@ class GroupLink(Link):
                 f"framing {framing!r} is not for backend {backend!r}; 'sizes' works with all, "
                 "'eager' with gloo"
             )
-        self._group = dist.group.WORLD if group is None else group
-        self._over = _SPOILT.get(self._group)
+        self._group = group
+        self._over = _SPOILT.get(self._ranks())
         if self._over is not None:
             raise ParallelError(
                 f"rank {self.rank}: this process group is of no use any more: {self._over}. Start "
                 "the ranks again, or make a new process group"
             )
         self._gloo = backend == "gloo"
-        self._board = Board(self._group, rank=self.rank, size=self.size)
+        self._board = Board(group, rank=self.rank, size=self.size)
         self._last_words: list[Any] = []
         self._held: list[Any] = []
         self._eager = framing == "eager" or (framing is None and backend == "gloo")
@@ -146,7 +146,7 @@ class GroupLink(Link):
         self._last_words.clear()
 
     def _tell(self, failure: Failure) -> None:
-        _SPOILT[self._group] = str(failure)
+        self._spoilt()
         if self.size == 1:
             return
         self._board.leave_word(failure)
@@ -168,15 +168,23 @@ class GroupLink(Link):
         """Close the connections to all ranks: gloo does, when a wait comes to its time's end."""
         if self._gloo:
             never = torch.empty(1, dtype=torch.uint8)
-            next_one = (self.rank + 1) % self.size
-            dist.irecv(never, group=self._group, group_src=next_one, tag=FAILED).wait(
-                timedelta(milliseconds=1)
-            )
+            sender = self._others()[0]
+            work: Any = dist.irecv(never, group=self._group, group_src=sender, tag=FAILED)
+            work.wait(timedelta(milliseconds=1))
 
     def _others_failed(self, what: str, failures: Sequence[Failure]) -> OthersFailedError:
         error = super()._others_failed(what, self._board.read() or failures)
-        _SPOILT[self._group] = str(self._over)
+        self._spoilt()
         return error
+
+    def _spoilt(self) -> None:
+        ranks = self._ranks()
+        if ranks is not None:  # else it has been destroyed, and there is no link over it to come
+            _SPOILT[ranks] = str(self._over)
+
+    def _ranks(self) -> Any:
+        """The process group. The default one is not kept: it is to end when it is destroyed."""
+        return dist.group.WORLD if self._group is None else self._group
 
     def _others(self) -> list[int]:
         return [(self.rank + step) % self.size for step in range(1, self.size)]
@@ -269,23 +277,39 @@ class GroupLink(Link):
         """Wait for a collective, and look at the board now and then: a rank that fails amid a call
         cannot send word, and NCCL's connections do not end with it.
         """
-        began = looked = time.monotonic()
-        pause, longest = _POLLS
-        while not work.is_completed():
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
-            now = time.monotonic()
-            if now - began > self.timeout:
-                break
-            if now - looked > _LOOK:
-                looked = now
-                failures = self._board.read()
-                if failures:
-                    self._held = [work]
-                    raise self._others_failed(what, failures)
-        work.wait(
-            timedelta(milliseconds=1 + 1e3 * max(0.0, began + self.timeout - time.monotonic()))
-        )
+        until = time.monotonic() + self.timeout
+        came = _came_gloo if self._gloo else _came
+        while not came(work, min(_LOOK, until - time.monotonic())):
+            failures = self._board.read()
+            if failures:
+                self._held = [work]  # it is still on its way
+                raise self._others_failed(what, failures)
+            if time.monotonic() > until:
+                raise RuntimeError("the collective is not complete")
+        work.wait()
+
+
+def _came_gloo(work: Any, seconds: float) -> bool:
+    """Whether a collective has ended in time; raises its error. Gloo's waits may be given up."""
+    try:
+        work.wait(timedelta(seconds=max(seconds, 0.001)))
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+    return True
+
+
+def _came(work: Any, seconds: float) -> bool:
+    """The same of other backends: NCCL breaks a communicator off whose wait is given up."""
+    until = time.monotonic() + seconds
+    pause, longest = _POLLS
+    while not work.is_completed():
+        if time.monotonic() > until:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+    return True
 
 
 def _header(parcel: Parcel) -> torch.Tensor:
