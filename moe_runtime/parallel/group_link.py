@@ -115,6 +115,11 @@ class GroupLink(Link):
         return _HEADER
 
     @property
+    def rounds(self) -> int:
+        """Two where sizes go ahead."""
+        return 1 if self._eager else 2
+
+    @property
     def framing(self) -> str:
         """How receivers learn sizes."""
         return FRAMINGS[0] if self._eager else FRAMINGS[1]

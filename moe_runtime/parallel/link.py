@@ -121,6 +121,11 @@ class Link(ABC):
             self._tell(failure)
 
     @property
+    def rounds(self) -> int:
+        """Messages of a call that have to arrive one after the other."""
+        return 1
+
+    @property
     def over(self) -> bool:
         """Whether the link is of no use any more."""
         return self._over is not None or self._inside
