@@ -24,6 +24,7 @@ from moe_runtime.parallel import ParallelOptions, ParallelRun, generate
 from moe_runtime.parallel.agreement import together
 from moe_runtime.parallel.launch import die_with_parent, process_group, say_when_terminated
 from moe_runtime.placement.plan import Plan
+from moe_runtime.report import ParallelReport
 
 __all__ = ["ParallelCommand", "run_rank", "summary"]
 
@@ -39,6 +40,7 @@ class ParallelCommand:
         chat: put prompts into the model's chat template.
         out: where texts go as JSON lines; None for standard output.
         run: where the run file goes; None for none.
+        report: where the page goes, the same as `moe-runtime report` makes; None for none.
     """
 
     options: ParallelOptions
@@ -47,6 +49,7 @@ class ParallelCommand:
     chat: bool = False
     out: Path | None = None
     run: Path | None = None
+    report: Path | None = None
 
 
 def run_rank(
@@ -134,10 +137,12 @@ def _show(
         write_text(command.out, "\n".join(lines) + "\n")
     if command.run is not None:
         run.save(command.run)
+    if command.report is not None:
+        ParallelReport(run.to_dict()).save(command.report)
     if as_json:
         plain = run.to_dict()
         del plain["outputs"]
-        places = {"out": command.out, "run_file": command.run}
+        places = {"out": command.out, "run_file": command.run, "report": command.report}
         emit_json(
             {"generated": generated, "run": plain}
             | {name: None if path is None else str(path) for name, path in places.items()}
@@ -176,9 +181,21 @@ def summary(run: ParallelRun) -> list[str]:
         foretold = run.predicted.get("heaviest_crossing")
         beside = "" if foretold is None else f" (the plan: {100 * (1 - foretold):.1f} %)"
         lines.append(f"rows that stayed where they were: {100 * run.stayed_share:.1f} %{beside}")
+    if line := _prefill(run):
+        lines.append(line)
     if run.cache_bytes:
         cache = ", ".join(format_bytes(one) for one in run.cache_bytes)
         lines.append(f"keys and values by rank at most: {cache}")
     idle = ", ".join(f"{one:.1f} s" for one in run.idle_seconds)
     lines.append(f"waiting for other ranks, by rank: {idle}")
     return lines
+
+
+def _prefill(run: ParallelRun) -> str:
+    """What prefill took, and what links were foretold to take of it."""
+    if not run.prefill_wait_seconds:
+        return ""
+    least = min(run.prefill_wait_seconds)
+    line = f"prefill: {run.prefill_seconds:.2f} s, of it {least:.2f} s or more spent waiting"
+    foretold = run.predicted.get("prefill", {}).get("seconds")
+    return line if foretold is None else f"{line}; on the links {foretold:.2f} s were foretold"
