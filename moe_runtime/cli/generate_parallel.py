@@ -25,6 +25,7 @@ from moe_runtime.parallel.agreement import together
 from moe_runtime.parallel.launch import die_with_parent, process_group, say_when_terminated
 from moe_runtime.placement.plan import Plan
 from moe_runtime.report import ParallelReport
+from moe_runtime.report.summary import duration
 
 __all__ = ["ParallelCommand", "run_rank", "summary"]
 
@@ -195,7 +196,7 @@ def _prefill(run: ParallelRun) -> str:
     """What prefill took, and what links were foretold to take of it."""
     if not run.prefill_wait_seconds:
         return ""
-    least = min(run.prefill_wait_seconds)
-    line = f"prefill: {run.prefill_seconds:.2f} s, of it {least:.2f} s or more spent waiting"
+    least = duration(min(run.prefill_wait_seconds))
+    line = f"prefill: {duration(run.prefill_seconds)}, of it {least} or more spent waiting"
     foretold = run.predicted.get("prefill", {}).get("seconds")
-    return line if foretold is None else f"{line}; on the links {foretold:.2f} s were foretold"
+    return line if foretold is None else f"{line}; foretold on the links: {duration(foretold)}"
