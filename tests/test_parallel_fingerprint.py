@@ -169,6 +169,6 @@ def test_a_file_that_was_cut_off_meanwhile_is_named(shards: list[str], tmp_path:
     path = tmp_path / "cut.safetensors"
     shutil.copy(shards[0], path)
     files: CheckpointFiles = open_checkpoint([str(path)])
-    os.truncate(path, path.stat().st_size - 100)
+    os.truncate(path, path.stat().st_size // 8)
     with pytest.raises(CheckpointError, match=r"cut\.safetensors: .* was cut off"):
         checkpoint_fingerprint(files, "structure")
