@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,21 @@ from transformers import AutoModelForCausalLM
 from moe_runtime.parallel import GroupLink, generate
 
 _PORT = 29502
+_BARE_ROUNDS = 5
+
+
+def bare(link: GroupLink, nbytes: int, calls: int) -> list[float]:
+    """Seconds of as many calls with as many bytes, both ways alike and no model between them."""
+    rows = torch.zeros(nbytes // calls // link.size, dtype=torch.uint8)
+    to = torch.full((len(rows),), 1 - link.rank)
+    taken = []
+    for _ in range(_BARE_ROUNDS):
+        link.agree("ready", 1)
+        began = time.perf_counter()
+        for _ in range(calls):
+            link.exchange("bare", 0, [rows], to)
+        taken.append(time.perf_counter() - began)
+    return taken
 
 
 def main() -> None:
@@ -62,6 +78,9 @@ def main() -> None:
                     one.cross_bytes for one in run.traffic if one.kind.startswith("prefill.")
                 ),
             })  # fmt: skip
+    for runs in found.values():
+        last = runs[-1]
+        last["bare_seconds"] = bare(link, last["cross_bytes"], last["foretold"]["calls"])
     dist.barrier()
     if rank == 0:
         Path(task["folder"], "out.json").write_text(json.dumps(found))

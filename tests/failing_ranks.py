@@ -125,6 +125,22 @@ def amid_a_call(link: GroupLink, failing: int) -> None:
             link.exchange("move", turn, [rows], to)
 
 
+def unreachable(link: GroupLink, work: Callable[[Link], Any]) -> None:
+    """The work, in which rank 1 can send its last word to nobody."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("connection closed")
+
+    tell = link._tell
+
+    def telling(failure: Any) -> None:
+        link._send = fail  # type: ignore[method-assign, assignment]
+        tell(failure)
+
+    link._tell = telling  # type: ignore[method-assign]
+    work(link)
+
+
 def failing_read(link: Link, error: BaseException) -> None:
     """Rank 1 cannot read its experts."""
 
@@ -139,7 +155,7 @@ def failing_read(link: Link, error: BaseException) -> None:
         store.read_range = READ_RANGE
 
 
-def scenarios(model: PreTrainedModel) -> Iterator[tuple[str, str | None, Callable[[Link], Any]]]:
+def scenarios(model: PreTrainedModel) -> Iterator[tuple[str, str | None, Callable[[Any], Any]]]:
     """(name, framing, work) of each."""
 
     def run(place: str, failing: dict[int, str]) -> Callable[[Link], Any]:
@@ -153,6 +169,7 @@ def scenarios(model: PreTrainedModel) -> Iterator[tuple[str, str | None, Callabl
     yield "sizes", "sizes", run("decode", {1: "memory"})
     for framing in ("eager", "sizes"):
         yield f"amid a call, {framing}", framing, lambda link: amid_a_call(link, 1)
+    yield "no last word", None, lambda link: unreachable(link, run("decode", {1: "memory"}))
     yield "unread shard", None, lambda link: failing_read(link, OSError("the disk is gone"))
     yield "interrupted read", None, lambda link: failing_read(link, KeyboardInterrupt())
     yield "alike", None, lambda link: generate(model, [[4000]], link=link)

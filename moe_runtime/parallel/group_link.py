@@ -24,13 +24,13 @@ from moe_runtime.parallel.failures import (
     failures_from_bytes,
 )
 from moe_runtime.parallel.link import Link, Parcel
+from moe_runtime.parallel.waiting import came_gloo, came_other
 
 __all__ = ["FRAMINGS", "GroupLink"]
 
 FRAMINGS = ("eager", "sizes")
 FAILED = 255  # the note of a rank that goes no further; its payload says why
 _HEADER = 8  # bytes of an int64: size of the payload * 256 + note
-_POLLS = (2e-5, 1e-3)  # seconds between looks at a call, in the beginning and at last
 _LOOK = 0.5  # seconds between looks at the board
 _LOST = (RuntimeError, dist.DistError)
 # By process group why it is of no use: what its ranks have sent last is not what comes next.
@@ -155,27 +155,36 @@ class GroupLink(Link):
         if self.size == 1:
             return
         self._board.leave_word(failure)
-        with contextlib.suppress(*_LOST):
+        try:
             if self._inside:
                 self._hang_up()
-            elif self._eager:
-                said = torch.frombuffer(bytearray(failures_as_bytes([failure])), dtype=torch.uint8)
-                word = Parcel(payload=said[: _EAGER - _HEADER], note=FAILED)
-                message = torch.cat([_header(word), word.payload])
-                for rank in self._others():
-                    self._last_words.append(self._send(message, rank))
             else:
-                word = Parcel(payload=torch.zeros(0, dtype=torch.uint8), note=FAILED)
-                ahead = torch.cat([_header(word)] * self.size).to(self.device)
-                self._last_words.append(self._all_to_all(torch.empty_like(ahead), ahead))
+                self._send_word(failure)
+        except _LOST:  # of one rank: the others are not to wait for it
+            self._hang_up()
+
+    def _send_word(self, failure: Failure) -> None:
+        """Make one call more, which says that there are no others."""
+        if self._eager:
+            said = torch.frombuffer(bytearray(failures_as_bytes([failure])), dtype=torch.uint8)
+            word = Parcel(payload=said[: _EAGER - _HEADER], note=FAILED)
+            message = torch.cat([_header(word), word.payload])
+            for rank in self._others():
+                self._last_words.append(self._send(message, rank))
+        else:
+            word = Parcel(payload=torch.zeros(0, dtype=torch.uint8), note=FAILED)
+            ahead = torch.cat([_header(word)] * self.size).to(self.device)
+            self._last_words.append(self._all_to_all(torch.empty_like(ahead), ahead))
 
     def _hang_up(self) -> None:
         """Close the connections to all ranks: gloo does, when a wait comes to its time's end."""
-        if self._gloo:
-            never = torch.empty(1, dtype=torch.uint8)
-            sender = self._others()[0]
-            work: Any = dist.irecv(never, group=self._group, group_src=sender, tag=FAILED)
-            work.wait(timedelta(milliseconds=1))
+        if not self._gloo:
+            return
+        never = torch.empty(1, dtype=torch.uint8)
+        for sender in self._others():  # the first one that is still there will do
+            with contextlib.suppress(*_LOST):
+                work: Any = dist.irecv(never, group=self._group, group_src=sender, tag=FAILED)
+                work.wait(timedelta(milliseconds=1))
 
     def _others_failed(self, what: str, failures: Sequence[Failure]) -> OthersFailedError:
         error = super()._others_failed(what, self._board.read() or failures)
@@ -283,7 +292,7 @@ class GroupLink(Link):
         cannot send word, and NCCL's connections do not end with it.
         """
         until = time.monotonic() + self.timeout
-        came = _came_gloo if self._gloo else _came
+        came = came_gloo if self._gloo else came_other
         while not came(work, min(_LOOK, until - time.monotonic())):
             failures = self._board.read()
             if failures:
@@ -292,29 +301,6 @@ class GroupLink(Link):
             if time.monotonic() > until:
                 raise RuntimeError("the collective is not complete")
         work.wait()
-
-
-def _came_gloo(work: Any, seconds: float) -> bool:
-    """Whether a collective has ended in time; raises its error. Gloo's waits may be given up."""
-    try:
-        work.wait(timedelta(seconds=max(seconds, 0.001)))
-    except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
-    return True
-
-
-def _came(work: Any, seconds: float) -> bool:
-    """The same of other backends: NCCL breaks a communicator off whose wait is given up."""
-    until = time.monotonic() + seconds
-    pause, longest = _POLLS
-    while not work.is_completed():
-        if time.monotonic() > until:
-            return False
-        time.sleep(pause)
-        pause = min(2 * pause, longest)
-    return True
 
 
 def _header(parcel: Parcel) -> torch.Tensor:
