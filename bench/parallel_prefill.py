@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -127,7 +128,8 @@ def main() -> None:
             "new_tokens": {mode: 1 + (mode == COHERENT) for mode in MODES},
         }
         for link in LINKS:
-            result["prefill"][link[0]] = measured(link, told)
+            rows = measured(link, told)
+            result["prefill"][link[0]] = {"load_average": os.getloadavg()[0], "variants": rows}
             given.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -16,7 +16,7 @@ from moe_runtime.parallel import Link, run_ranks
 from moe_runtime.parallel.agreement import require_same, together
 from moe_runtime.parallel.footprint import Footprint, cache_bytes, require_memory
 from moe_runtime.parallel.launch import TERMINATED, process_group
-from parallel_ranks import two_ranks
+from parallel_ranks import some_ranks, two_ranks
 from rank_program import main
 from tiny import tiny_config
 
@@ -40,6 +40,19 @@ def test_a_rank_that_dies_is_an_error_on_the_others_long_before_the_timeout(
             f"error: rank {1 - rank}: move of layer 0 did not come to an end within 60 s" in errors
         )
         assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_of_a_lost_rank_the_others_do_not_blame_each_other(tmp_path: Path) -> None:
+    with some_ranks(3, main, "exchange", 60.0, tmp_path) as ranks:
+        for one in ranks:
+            one.wait_for("ready")
+        ranks[2].send(signal.SIGKILL)
+        for rank in (0, 1):
+            code, errors = ranks[rank].ended(SLACK)
+            assert code == 1
+            assert f"error: rank {rank}: move of layer 0 did not come to an end" in errors
+            assert "failed:" not in errors
 
 
 @pytest.mark.slow

@@ -11,7 +11,14 @@ from dataclasses import asdict, dataclass
 
 from moe_runtime.errors import ParallelError
 
-__all__ = ["Failure", "OthersFailedError", "failure_of", "failures_as_bytes", "failures_from_bytes"]
+__all__ = [
+    "Failure",
+    "OthersFailedError",
+    "RankLostError",
+    "failure_of",
+    "failures_as_bytes",
+    "failures_from_bytes",
+]
 
 _LONGEST = 2000  # characters of an error's text: what is told fits into one short message
 
@@ -41,6 +48,10 @@ class OthersFailedError(ParallelError):
     def __init__(self, message: str, failures: Sequence[Failure] = ()) -> None:
         super().__init__(message)
         self.failures = tuple(failures)
+
+
+class RankLostError(ParallelError):
+    """A call did not come to its end, and no rank has said why: one is dead, or late."""
 
 
 def failure_of(rank: int, error: BaseException) -> Failure:

@@ -20,6 +20,7 @@ from moe_runtime.parallel.board import Board
 from moe_runtime.parallel.failures import (
     Failure,
     OthersFailedError,
+    RankLostError,
     failures_as_bytes,
     failures_from_bytes,
 )
@@ -135,7 +136,7 @@ class GroupLink(Link):
             failures = self._board.read()
             if failures:
                 raise self._others_failed(what, failures) from error
-            raise ParallelError(
+            raise RankLostError(
                 f"rank {self.rank}: {what} did not come to an end within {self.timeout:g} s, or "
                 f"another rank has failed; look at the others' messages first ({error})"
             ) from error
@@ -150,13 +151,14 @@ class GroupLink(Link):
                 work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
         self._last_words.clear()
 
-    def _tell(self, failure: Failure) -> None:
+    def _tell(self, failure: Failure | None) -> None:
         self._spoilt()
         if self.size == 1:
             return
-        self._board.leave_word(failure)
+        if failure is not None:
+            self._board.leave_word(failure)
         try:
-            if self._inside:
+            if self._inside or failure is None:
                 self._hang_up()
             else:
                 self._send_word(failure)

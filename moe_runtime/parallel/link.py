@@ -16,7 +16,12 @@ from typing import Any, TypeVar
 import torch
 
 from moe_runtime.errors import ConfigError, ParallelError
-from moe_runtime.parallel.failures import Failure, OthersFailedError, failure_of
+from moe_runtime.parallel.failures import (
+    Failure,
+    OthersFailedError,
+    RankLostError,
+    failure_of,
+)
 from moe_runtime.parallel.packing import packed, row_bytes, unpacked
 from moe_runtime.parallel.traffic import Ledger, Traffic
 
@@ -118,7 +123,8 @@ class Link(ABC):
         if self._over is None and not self._agreed:
             failure = failure_of(self.rank, error)
             self._over = str(failure)
-            self._tell(failure)
+            # Of a loss others are not told as if it were this rank's fault: they see it themselves.
+            self._tell(None if isinstance(error, RankLostError) else failure)
 
     @property
     def rounds(self) -> int:
@@ -146,12 +152,14 @@ class Link(ABC):
 
         Raises:
             OthersFailedError: a rank failed and said so.
-            ParallelError: a rank was lost or late; the text names `what`.
+            RankLostError: a rank was lost or late; the text names `what`.
         """
 
     @abstractmethod
-    def _tell(self, failure: Failure) -> None:
-        """End the others' next or present call with this; waits for nobody, raises nothing."""
+    def _tell(self, failure: Failure | None) -> None:
+        """End the others' next or present call, with this if it is given; waits for nobody, raises
+        nothing.
+        """
 
     @property
     @abstractmethod

@@ -84,7 +84,7 @@ class ThreadLink(Link):
         """Let the others' calls fail: this rank makes none any more."""
         self._hub.leave(None)
 
-    def _tell(self, failure: Failure) -> None:
+    def _tell(self, failure: Failure | None) -> None:
         self._hub.leave(failure)
 
     def _swap(self, what: str, parcels: list[Parcel]) -> tuple[list[Parcel], int]:
