@@ -125,7 +125,8 @@ def replay_prefill(
     Returns:
         The traffic, a call in the place of a step; the kinds are `dispatch`, `combine` and
         `frames` of each MoE layer, and at the end `tokens`, `end_frames` and in coherent mode
-        `homes` and `keys_values`.
+        `homes` and `keys_values`. `stays` is the share of rows, over layers, that need no other
+        device.
 
     Raises:
         PlanError: another number of layers, experts or rows; an unknown mode.
@@ -155,8 +156,8 @@ def replay_prefill(
         need = np.zeros((len(trace), topology.devices), dtype=bool)
         need[rows, device[rows, slots]] = True
         uses.append(walk.tally(rows, device[rows, slots]).max(1))
-        target = holders.targets(home, ids, trace.topk_weights[:, position], chosen)
-        stays += float((target == home).sum())
+        own = need[everyone, home]
+        stays += float((need.sum(1) == own).sum())
         vanilla_layer(walk, position, home, need)
     _end(walk, calls, home, mode, forms=forms * steps_follow)
     return StepTraffic(

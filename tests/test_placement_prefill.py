@@ -104,6 +104,9 @@ def test_replay_sends_what_a_plain_count_sends(
     assert found.collectives == ("dispatch", "combine") * 3 + ("prefill end",)
     assert bool(found.present.all())
     assert found.rows == len(trace) / calls.count
+    away = sum(found.totals()["combine"]) / SIZES.combine
+    assert found.stays >= 1 - away / (3 * len(trace)) - 1e-9
+    assert (found.stays == 1) == (away == 0)
 
 
 def test_forms_of_keys_and_values_cost_a_size_each() -> None:
