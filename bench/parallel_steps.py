@@ -49,7 +49,9 @@ LINKS = (("100 Mbit/s, 20 ms", 1e8, 2e-2), ("1 Gbit/s, 0.2 ms", 1e9, 2e-4))
 BASELINE = "vanilla, contiguous"
 
 
-def inputs(path: str) -> tuple[RoutingTrace, list[list[int]]]:
+def inputs(
+    path: str, *, prompt_tokens: int = PROMPT_TOKENS
+) -> tuple[RoutingTrace, list[list[int]]]:
     """Routing of the first texts of every kind, and prompts from others."""
     model = moe_runtime.from_pretrained(path, expert_budget="100%", device="cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -59,7 +61,7 @@ def inputs(path: str) -> tuple[RoutingTrace, list[list[int]]]:
             for text in texts[:TRAIN_TEXTS]:
                 model(tokenizer(text[:4000], return_tensors="pt")["input_ids"][:, :400])
             prompts += [
-                tokenizer(text[:400])["input_ids"][:PROMPT_TOKENS]
+                tokenizer(text[: max(400, 8 * prompt_tokens)])["input_ids"][:prompt_tokens]
                 for text in texts[TRAIN_TEXTS : TRAIN_TEXTS + PROMPTS // 3 + 1]
             ]
     return recorder.trace, prompts[:PROMPTS]

@@ -1,6 +1,6 @@
 """What a parallel run is to do, as a checked value.
 
-Knows no models, plans or links.
+Knows no models and no plans.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from moe_runtime.errors import ConfigError
+from moe_runtime.placement.links import Links
 
 __all__ = ["CHECKS", "MODES", "STARTS", "ParallelOptions"]
 
@@ -35,6 +36,8 @@ class ParallelOptions:
             ended. Also what `"token"` does with tokens not seen yet.
         check: compare coherent with vanilla logits on some rows first, and if they differ:
             `"fallback"` runs vanilla, `"stop"` raises; `"off"` does not compare.
+        links: between ranks, for the time that prefill is foretold to take on them; None for those
+            that the plan's step times were predicted for, if it has any.
         keep_routing: keep what each token was routed to (`ParallelRun.routing`).
 
     Raises:
@@ -49,6 +52,7 @@ class ParallelOptions:
     batch_size: int | None = None
     start: str = "token"
     check: str = "fallback"
+    links: Links | None = None
     keep_routing: bool = True
 
     def __post_init__(self) -> None:

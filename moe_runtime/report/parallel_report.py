@@ -162,9 +162,28 @@ class ParallelReport(FactsReport):
             for name, key, seen in names
             if key in told
         ]
+        shown += self._prefill(told.get("prefill"))
         distinct = told.get("distinct_ranks")
         if isinstance(distinct, int | float):
             shown.append(("Ranks that a token needs in a layer", f"{distinct:.2f}", NONE))
+        return shown
+
+    def _prefill(self, told: Any) -> list[tuple[str, str, str]]:
+        """Bytes of prefill, and its time on the links beside the least that a rank waited."""
+        if not isinstance(told, Mapping):
+            return []
+        sent = sum(
+            one["bytes"] + one["frame_bytes"]
+            for one in self._data["traffic"]
+            if one["kind"].startswith("prefill.")
+        )
+        waits = self._data.get("prefill_wait_seconds")
+        least = min(waits) if isinstance(waits, list) and waits else None
+        shown = []
+        if isinstance(foretold := told.get("cross_bytes"), int):
+            shown.append(("Bytes between ranks in prefill", size(foretold), size(sent)))
+        if isinstance(seconds := told.get("seconds"), int | float):
+            shown.append(("Prefill on the links", duration(seconds), duration(least)))
         return shown
 
     def _stays(self) -> list[tuple[str, ...]]:
