@@ -6,7 +6,9 @@ Knows torch.distributed; not what is sent.
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,11 @@ __all__ = ["FRAMINGS", "GroupLink"]
 
 FRAMINGS = ("eager", "sizes")
 _HEADER = 8  # bytes of an int64: size of the payload * 256 + note
-_EAGER = 1 << 16  # bytes, header included, that a first message may have
+_EAGER = 1 << 18  # bytes, header included, that a first message may have
+
+# How many links each group has had. A link's number is the tag of its messages: receives that it has
+# posted ahead, and that nobody will answer any more, must not take what a later link is sent.
+_TAGS: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
 
 
 class GroupLink(Link):
@@ -27,8 +33,11 @@ class GroupLink(Link):
     Receivers do not know how much will come. Two ways to tell them:
 
     * `"eager"` (gloo): every pair's message begins with a header of 8 bytes; the receiver holds
-      64 KiB ready, and what is longer follows in a second message. One round a call. It rests on
+      256 KiB ready, and what is longer follows in a second message. One round a call. It rests on
       gloo's taking a message shorter than the buffer that waits for it, which is tried once here.
+      Receives of the next call are posted as soon as those of this one are read: gloo sends only
+      when it has been told of one, and told in the call itself that word would wait behind what
+      this rank is sending to others (measured on four ranks: a third of an all-to-all's time).
     * `"sizes"` (all backends): an all-to-all of headers, then an all-to-all of what they announce.
       Two rounds a call.
 
@@ -71,8 +80,10 @@ class GroupLink(Link):
                 "'eager' with gloo"
             )
         self._group = group
+        self._tag = next(_TAGS.setdefault(dist.group.WORLD if group is None else group, count(1)))
         self._eager = framing == "eager" or (framing is None and backend == "gloo")
         self._buffers = [torch.empty(_EAGER, dtype=torch.uint8) for _ in range(self.size)]
+        self._waiting: dict[int, Any] = {}
         if self._eager and framing is None:
             self._eager = self._short_messages_arrive()
 
@@ -100,11 +111,11 @@ class GroupLink(Link):
     # -- eager -----------------------------------------------------------------------------------
 
     def _swap_eager(self, parcels: list[Parcel]) -> tuple[list[Parcel], int]:
-        others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        sources = others[::-1]
-        waiting = {rank: self._receive(self._buffers[rank], rank) for rank in sources}
+        sources = [(self.rank - step) % self.size for step in range(1, self.size)]
+        waiting = self._waiting or {rank: self._expect(rank) for rank in sources}
+        self._waiting = {}
         sent = []
-        for rank in others:
+        for rank in sources[::-1]:
             message = torch.cat([_header(parcels[rank]), parcels[rank].payload.to("cpu")])
             parts = [message[:_EAGER], message[_EAGER:]][: 1 + (len(message) > _EAGER)]
             sent += [self._send(part, rank) for part in parts]
@@ -118,6 +129,7 @@ class GroupLink(Link):
             payload[:first] = self._buffers[rank][_HEADER : _HEADER + first]
             if size > first:
                 rest.append(self._receive(payload[first:], rank))
+            self._waiting[rank] = self._expect(rank)
             arrived[rank] = Parcel(payload=payload, note=note)
         for work in (*rest, *sent):
             self._finish(work)
@@ -139,11 +151,15 @@ class GroupLink(Link):
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
         return bool(flag.item())
 
+    def _expect(self, rank: int) -> Any:
+        """Be ready for the rank's next call."""
+        return self._receive(self._buffers[rank], rank)
+
     def _send(self, part: torch.Tensor, rank: int) -> Any:
-        return dist.isend(part, group=self._group, group_dst=rank)
+        return dist.isend(part, group=self._group, tag=self._tag, group_dst=rank)
 
     def _receive(self, buffer: torch.Tensor, rank: int) -> Any:
-        return dist.irecv(buffer, group=self._group, group_src=rank)
+        return dist.irecv(buffer, group=self._group, tag=self._tag, group_src=rank)
 
     def _finish(self, work: Any) -> None:
         work.wait(timedelta(seconds=self.timeout))
