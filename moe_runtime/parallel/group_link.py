@@ -22,8 +22,8 @@ FRAMINGS = ("eager", "sizes")
 _HEADER = 8  # bytes of an int64: size of the payload * 256 + note
 _EAGER = 1 << 18  # bytes, header included, that a first message may have
 
-# How many links each group has had. A link's number is the tag of its messages: receives that it has
-# posted ahead, and that nobody will answer any more, must not take what a later link is sent.
+# How many links each group has had. A link's number is the tag of its messages: receives that it
+# has posted ahead, and that nobody will answer any more, must not take what a later link is sent.
 _TAGS: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
 
 
