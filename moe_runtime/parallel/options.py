@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from moe_runtime.errors import ConfigError
 
-__all__ = ["CHECKS", "MODES", "STARTS", "ParallelOptions"]
+__all__ = ["CHECKS", "HOMES", "MODES", "STARTS", "ParallelOptions"]
 
 MODES = ("coherent", "vanilla")
 CHECKS = ("fallback", "stop", "off")
 STARTS = ("token", "ended")
+HOMES = ("order", "prefill")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class ParallelOptions:
         start: where a row begins a coherent step: `"token"`, where rows of this token went in the
             first MoE layer before, as far as the run has shown; `"ended"`, where its last step
             ended. Also what `"token"` does with tokens not seen yet.
+        homes: where prompts live in vanilla mode: `"order"`, in equal blocks as they were given;
+            `"prefill"`, after the prefill on the rank with most of the experts that their tokens
+            chose, as many prompts on each rank as before. Keys and values follow once.
         check: compare coherent with vanilla logits on some rows first, and if they differ:
             `"fallback"` runs vanilla, `"stop"` raises; `"off"` does not compare.
         keep_routing: keep what each token was routed to (`ParallelRun.routing`).
@@ -48,6 +52,7 @@ class ParallelOptions:
     stop_tokens: Collection[int] | None = None
     batch_size: int | None = None
     start: str = "token"
+    homes: str = "order"
     check: str = "fallback"
     keep_routing: bool = True
 
@@ -55,6 +60,7 @@ class ParallelOptions:
         for name, value, known in (
             ("mode", self.mode, MODES),
             ("start", self.start, STARTS),
+            ("homes", self.homes, HOMES),
             ("check", self.check, CHECKS),
         ):
             if value not in known:
