@@ -40,7 +40,7 @@ def check_gloo_links(rank: int, folder: str) -> None:
     }
     assert links["eager"].framing == "eager"
     for name, link in links.items():
-        for count in (0, 5, 40_000):  # the last is longer than a first message
+        for count in (0, 5, 90_000):  # the last is longer than a first message
             to = (torch.arange(count) + rank) % 2
             arrived, source = link.exchange("move", 2, rows_of(rank, count), to)
             keep = [torch.arange(count)[(torch.arange(count) + src) % 2 == rank] for src in (0, 1)]

@@ -20,7 +20,7 @@ __all__ = ["FRAMINGS", "GroupLink"]
 
 FRAMINGS = ("eager", "sizes")
 _HEADER = 8  # bytes of an int64: size of the payload * 256 + note
-_EAGER = 1 << 18  # bytes, header included, that a first message may have
+_EAGER = 1 << 20  # bytes, header included, that a first message may have
 
 # How many links each group has had. A link's number is the tag of its messages: receives that it
 # has posted ahead, and that nobody will answer any more, must not take what a later link is sent.
@@ -33,7 +33,7 @@ class GroupLink(Link):
     Receivers do not know how much will come. Two ways to tell them:
 
     * `"eager"` (gloo): every pair's message begins with a header of 8 bytes; the receiver holds
-      256 KiB ready, and what is longer follows in a second message. One round a call. It rests on
+      1 MiB ready, and what is longer follows in a second message. One round a call. It rests on
       gloo's taking a message shorter than the buffer that waits for it, which is tried once here.
       Receives of the next call are posted as soon as those of this one are read: gloo sends only
       when it has been told of one, and told in the call itself that word would wait behind what
