@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from moe_runtime.placement.methods import SolveOptions
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_runtime
 from corpora import corpora
 from moe_runtime.parallel import ParallelRun, contiguous_plan, generate
+from moe_runtime.parallel.homes import settled
 from moe_runtime.parallel.launch import process_group
 from moe_runtime.parallel.shards import open_source
 from moe_runtime.trace import RoutingTrace
@@ -53,6 +55,7 @@ ARCHITECTURES = (
     "GptOssForCausalLM",
 )
 TRAINED, HELD_OUT, PROMPT, NEW = 40, 8, 24, 32  # texts of a kind; tokens
+DEALS = 1000  # of prompts to ranks at random
 # Layers with experts, hidden width, numbers of a token's keys and values in one layer; bf16. From
 # the models' published configurations.
 REAL = {
@@ -85,14 +88,18 @@ def one_rank(rank: int, size: int, port: int, jobs: list[dict[str, Any]], out: s
                 job["prompts"],
                 plan=plan,
                 mode=job["mode"],
+                homes=job.get("homes") or "order",
                 max_new_tokens=job["new"],
                 stop_tokens=(),
                 check="stop",
                 link=link,
                 loading={"dtype": torch.float32},
-                keep_routing=False,
+                keep_routing=job.get("homes") == "order",
             )
-            results.append(run.to_dict() | {"shown": shown(run)})
+            chance = {}
+            if plan is not None and run.routing is not None:
+                chance = {"homes": other_homes(plan, run.routing)}
+            results.append(run.to_dict() | {"shown": shown(run)} | chance)
             if rank == 0:
                 SAY.print(size, Path(job["model"]).name, job["name"], results[-1]["shown"])
     if rank == 0:
@@ -133,9 +140,40 @@ def shown(run: ParallelRun) -> dict[str, Any]:
         "cross_bytes": run.cross_bytes,
         "routing_bytes": run.routing_bytes,
         "keys_values_bytes": run.keys_values_bytes,
+        "prefill_keys_values_bytes": sum(
+            one.bytes for one in run.traffic if one.kind == "prefill.keys_values"
+        ),
         "all_to_alls_a_layer_and_step": calls_a_layer(run),
         "stayed_share": run.stayed_share,
         "kinds": kinds,
+    }
+
+
+def other_homes(plan: Plan, routing: RoutingTrace) -> dict[str, Any]:
+    """Rows that vanilla decode steps send to other ranks: as prompts live, were they dealt out at
+    random, and at best, each rank keeping its number of prompts.
+    """
+    decode, held = routing.decode(), plan.matrices()
+    prompts = int(routing.sequence_ids.max()) + 1
+    uses = np.zeros((prompts, plan.devices), dtype=np.int64)
+    for at, layer in enumerate(held):
+        needed = layer[decode.topk_ids[:, at].astype(np.int64)].any(1)
+        np.add.at(uses, decode.sequence_ids, needed)
+    homes = np.arange(prompts) * plan.devices // prompts
+
+    def sent(where: Any) -> int:
+        return int(uses.sum() - uses[np.arange(prompts), where].sum())
+
+    rng = np.random.default_rng(SEED)
+    dealt = [sent(rng.permutation(homes)) for _ in range(DEALS)]
+    return {
+        "rows_and_layers": len(decode) * len(held),
+        "sent": sent(homes),
+        "dealt_mean": round(float(np.mean(dealt)), 1),
+        "dealt_deviation": round(float(np.std(dealt)), 1),
+        "dealt_range": [min(dealt), max(dealt)],
+        "ranks_renamed": [sent((homes + by) % plan.devices) for by in range(plan.devices)],
+        "best": sent(settled(uses, homes.tolist(), plan.devices)),
     }
 
 
@@ -296,16 +334,19 @@ def measured_bytes(
                 {
                     "size": size,
                     "group": name,
-                    "name": f"{mode}-{place}",
+                    "name": f"{mode}-{place}" + "-settled" * (homes == "prefill"),
                     "model": path,
                     "mode": mode,
+                    "homes": homes,
                     "plan": plan,
                     "prompts": prompts,
                     "new": NEW,
                 }
-                for mode in ("vanilla", "coherent")
+                for mode, homes in (
+                    ("vanilla", "order"), ("vanilla", "prefill"), ("coherent", None)
+                )
                 for place, plan in places.items()
-            ]
+            ]  # fmt: skip
     return jobs, known
 
 
@@ -363,6 +404,8 @@ def main() -> None:
                         "cache_bytes": run["cache_bytes"],
                         "sent_by_rank": run["sent"],
                     }
+                    if "homes" in run:
+                        row["homes"] = run["homes"]
                     counted.setdefault(job["group"], {}).setdefault(str(size), {})[job["name"]] = (
                         row
                     )

@@ -25,8 +25,9 @@ import torch
 import transformers
 from moe_runtime.placement.baselines import contiguous
 from moe_runtime.placement.messages import COHERENT, MODES
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.problem import Problem
-from moe_runtime.placement.solve import SolveOptions, make_plan, plan_of
+from moe_runtime.placement.solve import make_plan, plan_of
 from moe_runtime.placement.topology import Topology
 from rich.console import Console
 

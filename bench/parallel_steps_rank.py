@@ -10,6 +10,7 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,16 +23,59 @@ from moe_runtime.parallel import GroupLink, ParallelRun, generate
 _PORT = 29501
 
 
+def loaded(path: str, top_k: int) -> Any:
+    """The model with so many experts a token."""
+    config = AutoConfig.from_pretrained(path)
+    config.num_experts_per_tok = top_k
+    return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).eval()
+
+
+def waiting(run: ParallelRun) -> float:
+    """Seconds in which a rank waited or slept, the mean."""
+    return fmean(map(sum, zip(run.idle_seconds, run.slept_seconds, strict=True)))
+
+
+def measured(case: dict[str, Any], task: dict[str, Any], link: GroupLink) -> dict[str, Any]:
+    """Every variant's runs, by turns; rank 0 keeps what their tokens were routed to."""
+    model = loaded(task["model"], case["top_k"])
+    plans = {name: Plan.load(path) for name, path in case["plans"].items()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in plans}
+
+    def once(name: str, new_tokens: int) -> ParallelRun:
+        mode = name.split(",")[0]
+        run = generate(
+            model,
+            task["prompts"],
+            plan=plans[name],
+            mode=mode,
+            link=link,
+            start="ended",
+            max_new_tokens=new_tokens,
+            stop_tokens=(),
+            check="off",
+        )
+        assert run.mode == mode
+        return run
+
+    for number in range(task["rounds"]):
+        for name in list(plans)[:: 1 if number % 2 else -1]:
+            # What a run of one token takes is prefill: the rest is steps.
+            prefill, run = once(name, 1), once(name, task["new_tokens"])
+            found[name].append({
+                "step_seconds": (run.seconds - prefill.seconds) / run.steps,
+                "waiting_seconds": (waiting(run) - waiting(prefill)) / run.steps,
+                "sent": list(run.sent),
+            })  # fmt: skip
+            if link.rank == 0 and run.routing is not None:
+                run.routing.save(Path(task["folder"], f"{case['top_k']} {name}.trace.safetensors"))
+    return found
+
+
 def main() -> None:
-    """`parallel_steps_rank.py TASK.json RANK ADDRESS`; rank 0 writes JSON and a routing trace."""
+    """`parallel_steps_rank.py TASK.json RANK ADDRESS`; rank 0 writes JSON and routing traces."""
     task = json.loads(Path(sys.argv[1]).read_text())
     rank, address = int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
-    config = AutoConfig.from_pretrained(task["model"])
-    config.num_experts_per_tok = task["top_k"]
-    model = AutoModelForCausalLM.from_pretrained(
-        task["model"], config=config, dtype=torch.float32
-    ).eval()
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://{address}:{_PORT}",
@@ -40,36 +84,7 @@ def main() -> None:
         timeout=timedelta(seconds=120),
     )
     link = GroupLink(latency=task["latency"], timeout=120.0)
-
-    def once(mode: str, plan: Plan, new_tokens: int) -> ParallelRun:
-        return generate(
-            model,
-            task["prompts"],
-            plan=plan,
-            mode=mode,
-            link=link,
-            start="ended",
-            max_new_tokens=new_tokens,
-            stop_tokens=(),
-            check="off",
-        )
-
-    plans = {name: Plan.load(path) for name, path in task["plans"].items()}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in plans}
-    for number in range(task["rounds"]):
-        for name in list(plans) if number % 2 else list(plans)[::-1]:
-            mode = name.split(",")[0]
-            # What a run of one token takes is prefill: the rest is steps.
-            prefill = once(mode, plans[name], 1)
-            run = once(mode, plans[name], task["new_tokens"])
-            assert run.mode == mode
-            found[name].append({
-                "step_seconds": (run.seconds - prefill.seconds) / run.steps,
-                "sent": list(run.sent),
-                "idle_seconds": list(run.idle_seconds),
-            })  # fmt: skip
-            if rank == 0 and run.routing is not None:
-                run.routing.save(Path(task["folder"], f"{name}.trace.safetensors"))
+    found = [measured(case, task, link) for case in task["cases"]]
     dist.barrier()
     if rank == 0:
         Path(task["folder"], "out.json").write_text(json.dumps(found))

@@ -93,7 +93,7 @@ def run_ranks(script: str, ranks: int, rate: float, task: dict[str, Any], folder
             for rank, place in enumerate(places)
         ]  # fmt: skip
         try:
-            codes = [one.wait(timeout=400) for one in started]
+            codes = [one.wait(timeout=900) for one in started]
         finally:
             for one in started:
                 if one.poll() is None:

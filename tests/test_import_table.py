@@ -150,7 +150,7 @@ batch_check       | batch_run prompt_state token_choice    | torch transformers
 parallel.*        | version model_spec checkpoint safetensors_index device memory layout slots \
                     store expert_tensors loading kv_cache trace run_record \
                     placement.* token_choice batch_run prompt_state sequence_caches parallel.* \
-                                                           | torch numpy transformers
+                                                           | torch numpy scipy transformers
 batches           | runtime scheduler predictors.* token_choice prompt_state path_forecast \
                     batch_run batch_loop batch_check       | transformers
 __init__          | ABOVE                                  |

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_runtime.parallel.coherent import CoherentDecoder, Step
+from moe_runtime.parallel.homes import settled
 from moe_runtime.parallel.link import Link
 from moe_runtime.parallel.options import ParallelOptions
 from moe_runtime.parallel.sequence_cache import Added, SequenceCache
@@ -117,7 +118,7 @@ class Decode:
             one.rank = at * self._link.size // len(batch)
         mine = [one for one in batch if one.rank == self._link.rank]
         began, waited = time.perf_counter(), self._link.ledger.waited_seconds
-        cache = self._read_prompts(batch, mine)
+        mine, cache = self._read_prompts(batch, mine)
         self.prefill_seconds += time.perf_counter() - began
         self.prefill_wait_seconds += self._link.ledger.waited_seconds - waited
         moving = self._decoder is not None
@@ -136,16 +137,22 @@ class Decode:
             self.cache_bytes = max(self.cache_bytes, cache.nbytes)
             self.steps += 1
 
-    def _read_prompts(self, batch: list[Prompt], mine: list[Prompt]) -> SequenceCache:
-        """Prefill, its first tokens chosen, and what it gave handed round."""
+    def _read_prompts(
+        self, batch: list[Prompt], mine: list[Prompt]
+    ) -> tuple[list[Prompt], SequenceCache]:
+        """Prefill, its first tokens chosen, and what it gave handed round; the prompts that this
+        rank goes on with, and the keys and values that it needs.
+        """
         logits, cache = self._prefill(mine)
         self._choose(mine, logits)
         if self._decoder is not None:
-            return self._spread(batch, mine, cache)
+            return mine, self._spread(batch, mine, cache)
+        self._share_tokens(batch, mine, PREFILL)
+        if self._options.homes == "prefill" and not all(one.done for one in batch):
+            return self._resettle(batch, mine, cache)
         for added in cache.take():
             cache.commit(added)
-        self._share_tokens(batch, mine, PREFILL)
-        return cache
+        return mine, cache
 
     def _prefill(self, mine: list[Prompt]) -> tuple[torch.Tensor, SequenceCache]:
         """The last token's logits `[n, V]` of this rank's prompts, and their keys and values."""
@@ -186,16 +193,7 @@ class Decode:
         fed = [token for one in ordered for token in one.prompt]
         self._first_home.update(zip(fed, arrived[1].rows[0].tolist(), strict=True))
         whole = SequenceCache(self._model)
-        longest = max(len(one.prompt) for one in batch)
-        place = {id(one): at for at, one in enumerate(batch)}
-        at = torch.tensor(
-            [
-                place[id(one)] * longest + longest - len(one.prompt) + step
-                for one in ordered
-                for step in range(len(one.prompt))
-            ],
-            device=device,
-        )
+        longest, at = _columns(batch, ordered, device)
         for added, come in zip(taken, arrived[2:], strict=not last):
             whole.commit(_placed(added, come.rows[0], at, len(batch), longest))
         if not last:
@@ -204,6 +202,36 @@ class Decode:
                 one.numbers.shape[-1] * one.numbers.itemsize * len(one.layers) for one in taken
             )
         return whole
+
+    def _resettle(
+        self, batch: list[Prompt], mine: list[Prompt], cache: SequenceCache
+    ) -> tuple[list[Prompt], SequenceCache]:
+        """Give each prompt to the rank with most of the experts that its tokens chose, as many to
+        each as before; keys and values follow. Returns this rank's prompts and their cache.
+        """
+        link, device = self._link, self._model.device
+        lengths = torch.tensor([len(one.prompt) for one in mine], dtype=torch.long)
+        of_row = torch.repeat_interleave(torch.arange(len(mine)), lengths).to(device)
+        uses = torch.zeros(len(mine), link.size, dtype=torch.int32, device=device)
+        for handler in self._handlers:
+            ids, _ = handler.last
+            uses.index_add_(0, of_row, handler.share.held[ids].any(1).int())
+        (every,) = link.gather(PREFILL + HOMES, None, [uses])
+        homes = settled(every.to("cpu").numpy(), [one.rank for one in batch], link.size)
+        for one, home in zip(batch, homes, strict=True):
+            one.rank = home
+        to = torch.repeat_interleave(
+            torch.tensor([one.rank for one in mine], dtype=torch.long), lengths
+        )
+        # What arrives is in the batch's order: so are the ranks that prompts were on before.
+        mine = [one for one in batch if one.rank == link.rank]
+        longest, at = _columns(mine, mine, device)
+        whole = SequenceCache(self._model)
+        for added in cache.take():
+            (rows,), _ = link.exchange(PREFILL + KEYS_VALUES, None, [self._real_rows(added)], to)
+            if mine:
+                whole.commit(_placed(added, rows, at, len(mine), longest))
+        return mine, whole
 
     def _real_rows(self, added: Added) -> torch.Tensor:
         """`[real tokens, layers, numbers]` of a prefill's keys and values."""
@@ -359,6 +387,22 @@ class Decode:
         (tokens,) = self._link.gather(phase + TOKENS, None, [self._tokens_of(mine)])
         ordered = [one for rank in range(self._link.size) for one in batch if one.rank == rank]
         self._learn_tokens(ordered, mine, tokens)
+
+
+def _columns(
+    batch: list[Prompt], ordered: list[Prompt], device: torch.device
+) -> tuple[int, torch.Tensor]:
+    """(columns, int64 `[real tokens]` sequence * columns + column) of prompts' tokens, prompt by
+    prompt as `ordered`, where `batch`'s sequences stand right-aligned.
+    """
+    longest = max((len(one.prompt) for one in batch), default=0)
+    place = {id(one): at for at, one in enumerate(batch)}
+    at = [
+        place[id(one)] * longest + longest - len(one.prompt) + step
+        for one in ordered
+        for step in range(len(one.prompt))
+    ]
+    return longest, torch.tensor(at, dtype=torch.long, device=device)
 
 
 def _placed(

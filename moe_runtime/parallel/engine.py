@@ -294,6 +294,9 @@ class Engine:
         if routing is None:
             return {}
         several = len(self._spec.layers) > 1
+        steps = foretell(self._plan, self._shares, routing.decode()) if several else {}
+        if mode == "vanilla" and self._options.homes == "prefill":
+            return steps  # what a prefill sends that deals prompts out anew is not foretold
         prefill = foretell_prefill(
             self._plan,
             routing.prefill(),
@@ -309,7 +312,6 @@ class Engine:
             steps_follow=self._options.max_new_tokens > 1,
             forms=loop.kv_forms,
         )
-        steps = foretell(self._plan, self._shares, routing.decode()) if several else {}
         return steps | {"prefill": prefill}
 
 

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,7 +37,11 @@ _LOOK = 0.5  # seconds between looks at the board
 _LOST = (RuntimeError, dist.DistError)
 # By process group why it is of no use: what its ranks have sent last is not what comes next.
 _SPOILT: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-_EAGER = 1 << 16  # bytes, header included, that a first message may have
+_EAGER = 1 << 20  # bytes, header included, that a first message may have
+# How many links each group has had. A link's number is the tag of its messages: receives that it
+# has posted ahead, and that nobody will answer any more, must not take what a later link is sent.
+# No link has the tag by which connections are closed.
+_TAGS: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
 
 
 class GroupLink(Link):
@@ -45,8 +50,11 @@ class GroupLink(Link):
     Receivers do not know how much will come. Two ways to tell them:
 
     * `"eager"` (gloo): every pair's message begins with a header of 8 bytes; the receiver holds
-      64 KiB ready, and what is longer follows in a second message. One round a call. It rests on
+      1 MiB ready, and what is longer follows in a second message. One round a call. It rests on
       gloo's taking a message shorter than the buffer that waits for it, which is tried once here.
+      Receives of the next call are posted as soon as those of this one are read: gloo sends only
+      when it has been told of one, and told in the call itself that word would wait behind what
+      this rank is sending to others (measured on four ranks: a third of an all-to-all's time).
     * `"sizes"` (all backends): an all-to-all of headers, then an all-to-all of what they announce.
       Two rounds a call.
 
@@ -105,8 +113,10 @@ class GroupLink(Link):
         self._board = Board(group, rank=self.rank, size=self.size)
         self._last_words: list[Any] = []
         self._held: list[Any] = []
+        self._tag = next(_TAGS.setdefault(self._ranks(), count(FAILED + 1)))
         self._eager = framing == "eager" or (framing is None and backend == "gloo")
         self._buffers = [torch.empty(_EAGER, dtype=torch.uint8) for _ in range(self.size)]
+        self._waiting: dict[int, Any] = {}
         if self._eager and framing is None:
             self._eager = self._short_messages_arrive()
 
@@ -210,7 +220,8 @@ class GroupLink(Link):
     def _swap_eager(self, what: str, parcels: list[Parcel]) -> tuple[list[Parcel], int]:
         others = self._others()
         sources = others[::-1]
-        waiting = {rank: self._receive(self._buffers[rank], rank) for rank in sources}
+        waiting = self._waiting or {rank: self._expect(rank) for rank in sources}
+        self._waiting = {}
         sent: list[Any] = []
         # Until the call has come to its end: what is on its way must not go before.
         self._held = [waiting, sent]
@@ -232,6 +243,7 @@ class GroupLink(Link):
             if size > first:
                 rest.append(self._receive(payload[first:], rank))
                 self._held.append(rest)
+            self._waiting[rank] = self._expect(rank)
             arrived[rank] = Parcel(payload=payload, note=note)
         for work in (*rest, *sent):
             self._finish(work)
@@ -254,11 +266,15 @@ class GroupLink(Link):
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
         return bool(flag.item())
 
+    def _expect(self, rank: int) -> Any:
+        """Be ready for the rank's next call."""
+        return self._receive(self._buffers[rank], rank)
+
     def _send(self, part: torch.Tensor, rank: int) -> Any:
-        return dist.isend(part, group=self._group, group_dst=rank)
+        return dist.isend(part, group=self._group, tag=self._tag, group_dst=rank)
 
     def _receive(self, buffer: torch.Tensor, rank: int) -> Any:
-        return dist.irecv(buffer, group=self._group, group_src=rank)
+        return dist.irecv(buffer, group=self._group, tag=self._tag, group_src=rank)
 
     def _finish(self, work: Any) -> None:
         work.wait(timedelta(seconds=self.timeout))

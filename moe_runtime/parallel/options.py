@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from moe_runtime.errors import ConfigError
 from moe_runtime.placement.links import Links
 
-__all__ = ["CHECKS", "MODES", "STARTS", "ParallelOptions"]
+__all__ = ["CHECKS", "HOMES", "MODES", "STARTS", "ParallelOptions"]
 
 MODES = ("coherent", "vanilla")
 CHECKS = ("fallback", "stop", "off")
 STARTS = ("token", "ended")
+HOMES = ("order", "prefill")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,9 @@ class ParallelOptions:
         start: where a row begins a coherent step: `"token"`, where rows of this token went in the
             first MoE layer before, as far as the run has shown; `"ended"`, where its last step
             ended. Also what `"token"` does with tokens not seen yet.
+        homes: where prompts live in vanilla mode: `"order"`, in equal blocks as they were given;
+            `"prefill"`, after the prefill on the rank with most of the experts that their tokens
+            chose, as many prompts on each rank as before. Keys and values follow once.
         check: compare coherent with vanilla logits on some rows first, and if they differ:
             `"fallback"` runs vanilla, `"stop"` raises; `"off"` does not compare.
         links: between ranks, for the time that prefill is foretold to take on them; None for those
@@ -51,6 +55,7 @@ class ParallelOptions:
     stop_tokens: Collection[int] | None = None
     batch_size: int | None = None
     start: str = "token"
+    homes: str = "order"
     check: str = "fallback"
     links: Links | None = None
     keep_routing: bool = True
@@ -59,6 +64,7 @@ class ParallelOptions:
         for name, value, known in (
             ("mode", self.mode, MODES),
             ("start", self.start, STARTS),
+            ("homes", self.homes, HOMES),
             ("check", self.check, CHECKS),
         ):
             if value not in known:
