@@ -31,6 +31,7 @@ from moe_runtime.checkpoint import ExpertMap, map_experts
 from moe_runtime.config import RuntimeConfig
 from moe_runtime.core import format_bytes
 from moe_runtime.device import Device, open_device
+from moe_runtime.ending import end_with
 from moe_runtime.errors import AttachError, BudgetError, UnsupportedModelError
 from moe_runtime.eviction import make_policy
 from moe_runtime.executor import Executor, LayerHandle, expert_form
@@ -261,8 +262,8 @@ class Runtime:
         if in_place:
             self.cache.adopt_all()
         # The runtime outlives the model that it was made for where a deep copy of that goes on.
-        weakref.finalize(self, self._fetcher.close)
-        weakref.finalize(self, self.executor.slots.close)
+        end_with(self, self._fetcher)
+        self.executor.slots.end_with(self)
 
     def _by_rows(self) -> bool:
         """Whether weights are to lie in blocks of rows."""
