@@ -5,6 +5,7 @@ Knows Python's tracing; not what is interrupted.
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -29,12 +30,18 @@ class _Lines:
         return self._line
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
+        if event == "line" and not _takes_a_lock(frame):
             self.count += 1
             if self.count == self._at:
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 raise KeyboardInterrupt(self.where)
         return self._line
+
+
+def _takes_a_lock(frame: FrameType) -> bool:
+    """Whether the line opens or leaves a `with` block, where Python handles no signal."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return line.lstrip().startswith("with ")
 
 
 def lines_of(work: Callable[[], Any], modules: Collection[ModuleType]) -> int:

@@ -112,11 +112,14 @@ class LaterDevice:
             self.finishes += 1
             token.held.copy_(token.source)
             return
-        self.wait(token)
-        if token is not None and not token.done:
-            # Two streams: what was asked for earlier on the same one is done too.
-            for copy in self.copies[: self.copies.index(token) + 1]:
-                copy.done = copy.done or copy.ahead == token.ahead
+        if token is None or token.done:
+            self.wait(token)
+            return
+        # Two streams: what was asked for earlier on the same one is done, and there, too.
+        for copy in self.copies[: self.copies.index(token) + 1]:
+            if copy.ahead == token.ahead:
+                self.wait(copy)
+                copy.done = True
 
     # -- looking --------------------------------------------------------------------------------
 
