@@ -181,10 +181,18 @@ class Executor:
             with self._lock:
                 self.loader.end_call(seconds)
 
-    def try_stop(self) -> bool:
-        """Keep every layer step out until `resume`; False (and nothing kept) during a call."""
+    def try_stop(self, under_way: Callable[[int], bool]) -> bool:
+        """Keep every layer step out until `resume`; False (and nothing kept) during a call.
+
+        Args:
+            under_way: whether a thread, by its number, is inside a forward call. Of a call that
+                Ctrl-C ended outside this executor nobody has told it the end.
+        """
         if not self._lock.acquire(blocking=False):
             return False
+        for thread in list(self._calls):
+            if not under_way(thread):
+                self._calls.discard(thread)
         if self._calls:
             self._lock.release()
             return False

@@ -74,7 +74,7 @@ from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, reso
 from moe_runtime.saving import ExpertStateDict
 from moe_runtime.slot_memory import allocate_host_tier, allocate_pools, dense_memory
 from moe_runtime.slots import RowBlocks, SlotPool, slot_bytes
-from moe_runtime.steps import begin_step, step_modules
+from moe_runtime.steps import begin_step, is_calling, step_modules
 from moe_runtime.store import DiskStore, HostTier, ParameterStore, Store
 from moe_runtime.trace_writer import open_writer
 
@@ -372,6 +372,7 @@ class Runtime:
         step = begin_step(kwargs, args)
         if self._sequence_ids is not None and len(self._sequence_ids) == step.batch:
             step.sequence_ids = self._sequence_ids
+        step.ended = False
         self.profiler.begin_step(decode=step.decode, tokens=step.tokens)
         self.executor.begin_call(step)
 
@@ -386,6 +387,8 @@ class Runtime:
                 for recorder in self._recorders:
                     recorder.discard_step()
             else:
+                if self.executor.step is not None:
+                    self.executor.step.ended = True
                 residents = self.cache.residents() if self.profiler.wants_snapshot() else None
                 record = self.profiler.end_step(residents)
         self.executor.end_call(None if record is None else record.seconds)
@@ -671,7 +674,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         BudgetError: the experts do not fit in free memory; says how many bytes they take.
     """
     runtime = runtime_of(model)
-    if not runtime.executor.try_stop():
+    if not runtime.executor.try_stop(lambda thread: is_calling(thread, runtime)):
         raise AttachError("a call is under way on this model; detach it when it has returned")
     try:
         if runtime.paged:

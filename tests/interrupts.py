@@ -30,7 +30,7 @@ class _Lines:
         return self._line
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and not _takes_a_lock(frame):
+        if event == "line" and not _opens_a_block(frame):
             self.count += 1
             if self.count == self._at:
                 self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
@@ -38,10 +38,13 @@ class _Lines:
         return self._line
 
 
-def _takes_a_lock(frame: FrameType) -> bool:
-    """Whether the line opens or leaves a `with` block, where Python handles no signal."""
+def _opens_a_block(frame: FrameType) -> bool:
+    """Whether the line opens or leaves a block, where Python handles no signal.
+
+    Nor would the block that it stands in notice the exception.
+    """
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    return line.lstrip().startswith("with ")
+    return line.lstrip().startswith(("with ", "try:"))
 
 
 def lines_of(work: Callable[[], Any], modules: Collection[ModuleType]) -> int:
