@@ -126,7 +126,10 @@ pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan predictors.evaluation steering.files \
                     steering.identification steering.evaluation steering.cost report.* \
                                                            | numpy jinja2 matplotlib
-runtime           | ABOVE                                  | torch numpy transformers psutil
+inspection        | model_spec loading checkpoint safetensors_index |
+assembly          | ABOVE                                  | torch transformers
+runtime           | ABOVE                                  | torch transformers
+lifecycle         | ABOVE                                  | torch transformers
 steering.picture  | steering.identification                | numpy matplotlib
 steering.tasks    |                                        |
 steering.statistics |                                      | numpy

@@ -27,7 +27,7 @@ from moe_runtime.cli.step_time import (
 from moe_runtime.core import parse_bytes
 from moe_runtime.errors import ConfigError
 from moe_runtime.placement.messages import MODES
-from moe_runtime.placement.solve import METHODS
+from moe_runtime.placement.methods import METHODS
 
 __all__ = ["plan"]
 
