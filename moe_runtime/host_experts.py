@@ -72,21 +72,23 @@ class HostBatch:
     def run(self) -> None:
         """Compute, on the calling thread."""
         try:
-            if self._dropped:
-                return
-            hidden = self.hidden()
-            began = time.perf_counter()
-            parts = []
-            for expert in self.experts:
-                if self._dropped:
-                    return
-                parts.append(expert_mlp(hidden[expert.rows], expert.tensors, self.form))
-            self._outputs = torch.cat(parts)
-            self.seconds = time.perf_counter() - began
+            if not self._dropped:
+                self._compute()
         except BaseException as error:  # noqa: BLE001  raised again by whoever wants the outputs
             self._error = error
         finally:
             self._done.set()
+
+    def _compute(self) -> None:
+        hidden = self.hidden()
+        began = time.perf_counter()
+        parts = []
+        for expert in self.experts:
+            if self._dropped:
+                return
+            parts.append(expert_mlp(hidden[expert.rows], expert.tensors, self.form))
+        self._outputs = torch.cat(parts)
+        self.seconds = time.perf_counter() - began
 
 
 class HostExperts:

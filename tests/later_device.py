@@ -191,7 +191,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> LaterDevice:
         device.compute(slots, pool)
         return parts(hidden, slots, pool, *rest, **named)
 
-    def slot_experts(hidden: Any, slots: Any, weights: Any, pool: Any, *rest: Any, **named: Any) -> Any:
+    def slot_experts(
+        hidden: Any, slots: Any, weights: Any, pool: Any, *rest: Any, **named: Any
+    ) -> Any:
         device.compute(slots, pool)
         return layer(hidden, slots, weights, pool, *rest, **named)
 

@@ -6,6 +6,7 @@ Whatever came before, what a layer answers has the bits of the same decisions co
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from moe_runtime.kernels import combined, contributions, expert_mlp
+from moe_runtime.kernels import ExpertForm, combined, contributions, expert_mlp
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ from moe_runtime import (
     store,
 )
 from moe_runtime.core import ExpertGrid
-from moe_runtime.errors import AttachError, ExpertReadError
+from moe_runtime.errors import ExpertReadError
 from moe_runtime.interface import HANDLE
 from moe_runtime.runtime import Runtime, runtime_of
 from test_hosting import Asked
@@ -79,10 +80,15 @@ class Stressed:
             logits: torch.Tensor = self.model(ids, attention_mask=mask).logits
         return logits
 
+    def form(self, position: int) -> ExpertForm:
+        module = self.model.get_submodule(self.runtime.spec.layers[position].path)
+        handle: executor.LayerHandle = module.__dict__[HANDLE]
+        return handle.form
+
     def assert_whole(self) -> None:
         assert self.device.faults == []
         self.runtime.check_integrity()
-        fetcher = self.runtime._fetcher
+        fetcher = self.runtime.executor.fetcher
         if fetcher._host is not None:
             fetcher._host.check_integrity(fetcher._in_flight)
 
@@ -90,16 +96,16 @@ class Stressed:
         """Each layer's output against the same decisions, all weights in one place."""
         assert self.layers
         for layer in self.layers:
-            wanted = computed_plainly(layer, plain, self.runtime)
+            wanted = computed_plainly(layer, plain, self.runtime, self.form(layer.position))
             assert torch.equal(layer.output, wanted), (layer.position, layer.hosted)
 
 
-def computed_plainly(layer: Layer, plain: PreTrainedModel, runtime: Runtime) -> torch.Tensor:
+def computed_plainly(
+    layer: Layer, plain: PreTrainedModel, runtime: Runtime, form: ExpertForm
+) -> torch.Tensor:
     """No slots, no copies, no threads: the device's experts at once, then the host's."""
     module = plain.get_submodule(f"model.layers.{layer.position}.mlp.experts")
     hidden, index, weights = layer.arguments
-    form = runtime._forms[layer.position]
-    assert form is not None
     names = [param.name for param in runtime.spec.layers[layer.position].params]
     pool = tuple(module.get_parameter(name).detach() for name in names)
     on_host = torch.isin(index, torch.tensor(layer.hosted, dtype=index.dtype))
@@ -226,10 +232,9 @@ def disturb(one: Stressed, draw: random.Random) -> None:
             lines = lines_of(lambda: one.call(ids), MODULES)
             run_interrupted(lambda: one.call(ids), MODULES, draw.randint(1, lines))
         else:
-            try:
+            # Or nothing is left to fail.
+            with contextlib.suppress(BrokenError, ExpertReadError):
                 one.call(ids)
-            except (BrokenError, ExpertReadError):
-                pass  # or nothing was left to fail
     one.assert_whole()
 
 
@@ -278,9 +283,7 @@ def stress(seed: int, folder: Path) -> None:
             one.call(ids)  # loads ahead of need may be under way now
     moe_runtime.detach(one.model)
     with torch.no_grad():
-        torch.testing.assert_close(
-            one.model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-3
-        )
+        torch.testing.assert_close(one.model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-3)
     assert one.device.faults == []
 
 

@@ -215,8 +215,9 @@ def test_a_polish_of_all_slots_ends_at_the_optimum() -> None:
 def test_a_polish_improves_what_a_capped_sweep_left() -> None:
     instance = planted_instance(6, 24, 4, stay=0.1, load_cap=1.04)
     swept = sweep(instance, seed=0, starts=1, perturbations=0).assignment
+    costs: list[float] = []
     for seconds in (3, 60):  # as many as a busy machine needs
-        costs: list[float] = []
+        costs.clear()
         found, improvements = polish(
             instance, swept, time_limit=seconds, progress=lambda _, cost: costs.append(cost)
         )
