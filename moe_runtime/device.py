@@ -145,7 +145,10 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Device memory from PyTorch's allocator."""
-        return torch.empty(max(nbytes, 1), dtype=torch.uint8, device=self.torch_device)
+        memory = torch.empty(max(nbytes, 1), dtype=torch.uint8, device=self.torch_device)
+        for stream in (self._needed, self._ahead):
+            memory.record_stream(stream)  # once let go, it is not given away under a copy into it
+        return memory
 
     def allocate_host(self, nbytes: int) -> torch.Tensor:
         """Page-locked host memory."""

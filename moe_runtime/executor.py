@@ -139,6 +139,7 @@ class Executor:
         self._lock = threading.RLock()
         self._steps = threading.local()
         self._calls: set[int] = set()
+        self._changing = False  # within `_whole`
 
     # -- the forward call around the layers -----------------------------------------------------
 
@@ -166,7 +167,7 @@ class Executor:
         self._calls.add(threading.get_ident())
         loader = self.loader
         if loader.prediction is not None:
-            with self._lock:
+            with self._whole():
                 # Numbers of sequences matter to a predictor only while it follows without a gap.
                 told = loader.prediction.payoff.follows(decode=step.decode)
                 rows = rows_of(step, self._numbers) if told else None
@@ -180,10 +181,18 @@ class Executor:
             with self._lock:
                 self.loader.end_call(seconds)
 
-    def try_stop(self) -> bool:
-        """Keep every layer step out until `resume`; False (and nothing kept) during a call."""
+    def try_stop(self, under_way: Callable[[int], bool]) -> bool:
+        """Keep every layer step out until `resume`; False (and nothing kept) during a call.
+
+        Args:
+            under_way: whether a thread, by its number, is inside a forward call. Of a call that
+                Ctrl-C ended outside this executor nobody has told it the end.
+        """
         if not self._lock.acquire(blocking=False):
             return False
+        for thread in list(self._calls):
+            if not under_way(thread):
+                self._calls.discard(thread)
         if self._calls:
             self._lock.release()
             return False
@@ -198,6 +207,25 @@ class Executor:
         """Hold off layer steps while the cache is looked at or changed."""
         with self._lock:
             yield
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Hold the executor; what fails inside is undone, and the cache whole afterwards.
+
+        By Ctrl-C too, which may come while a failure is being undone: then whoever comes next does
+        that first.
+        """
+        with self._lock:
+            if self._changing:
+                self.loader.abandon()
+            self._changing = True
+            try:
+                yield
+            except BaseException:
+                self.undo()
+                self._changing = False
+                raise
+            self._changing = False
 
     # -- one layer ------------------------------------------------------------------------------
 
@@ -214,7 +242,7 @@ class Executor:
         if step is not None and step.rows != hidden.shape[0]:
             step = None
         real = None if step is None or self.exact else step.real
-        with self._lock:
+        with self._whole():
             began = time.perf_counter()
             try:
                 for listener in self.listeners:
@@ -228,12 +256,6 @@ class Executor:
                 if by_slots:
                     return self._arriving(handle, hidden, top_k_index, top_k_weights, real, step)
                 return self._computed(handle, module, hidden, top_k_index, top_k_weights, real)
-            except BaseException:
-                # Also for KeyboardInterrupt: whatever was under way is undone, the cache stays
-                # whole and the model usable.
-                self.end_call()
-                self.loader.abandon()
-                raise
             finally:
                 self.profiler.expert_seconds += time.perf_counter() - began
 
@@ -388,12 +410,8 @@ class Executor:
         Args:
             wanted: experts of each layer position; None for all.
         """
-        with self._lock:
-            try:
-                self.loader.preload(wanted)
-            except BaseException:
-                self.loader.abandon()
-                raise
+        with self._whole():
+            self.loader.preload(wanted)
 
     def keep(self, wanted: Sequence[Sequence[int]]) -> None:
         """Bring experts of each layer position into slots, and evict them no more until `let_go`.
@@ -401,7 +419,7 @@ class Executor:
         There have to be slots for them. If one cannot be read, none is kept.
         """
         kept: list[tuple[int, int]] = []
-        with self._lock:
+        with self._whole():
             pairs = [(at, expert) for at, experts in enumerate(wanted) for expert in experts]
             # Those that are there come first, so that none of them leaves for another.
             pairs.sort(key=lambda pair: not self.cache.is_resident(*pair))
@@ -411,7 +429,6 @@ class Executor:
                     self.cache.make_permanent(position, [expert])
                     kept.append((position, expert))
             except BaseException:
-                self.loader.abandon()
                 for position, expert in kept:
                     self.cache.end_permanent(position, [expert])
                 raise

@@ -72,19 +72,23 @@ class HostBatch:
     def run(self) -> None:
         """Compute, on the calling thread."""
         try:
-            hidden = self.hidden()
-            began = time.perf_counter()
-            parts = []
-            for expert in self.experts:
-                if self._dropped:
-                    return
-                parts.append(expert_mlp(hidden[expert.rows], expert.tensors, self.form))
-            self._outputs = torch.cat(parts)
-            self.seconds = time.perf_counter() - began
+            if not self._dropped:
+                self._compute()
         except BaseException as error:  # noqa: BLE001  raised again by whoever wants the outputs
             self._error = error
         finally:
             self._done.set()
+
+    def _compute(self) -> None:
+        hidden = self.hidden()
+        began = time.perf_counter()
+        parts = []
+        for expert in self.experts:
+            if self._dropped:
+                return
+            parts.append(expert_mlp(hidden[expert.rows], expert.tensors, self.form))
+        self._outputs = torch.cat(parts)
+        self.seconds = time.perf_counter() - began
 
 
 class HostExperts:
@@ -96,8 +100,9 @@ class HostExperts:
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads or torch.get_num_threads()
-        self._work: queue.SimpleQueue[HostBatch | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[HostBatch | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._latest: HostBatch | None = None
 
     def submit(
         self, experts: Sequence[HostExpert], form: ExpertForm, hidden: Callable[[], torch.Tensor]
@@ -113,7 +118,19 @@ class HostExperts:
             self._thread.start()
         batch = HostBatch(experts, form, hidden)
         self._work.put(batch)
+        self._latest = batch
         return batch
+
+    def abandon(self) -> None:
+        """After a failure: what was given is dropped; waits until no memory is read for it."""
+        latest, self._latest = self._latest, None
+        if latest is not None:
+            latest.drop()
+        if self._thread is not None and self._thread.is_alive():
+            # Not by the batch alone: Ctrl-C may have come before it was noted here.
+            passed = threading.Event()
+            self._work.put(passed)
+            passed.wait()
 
     def leave(self) -> None:
         """Tell the thread to end after what it has been given; waits for nothing."""
@@ -132,5 +149,9 @@ class HostExperts:
         torch.get_num_threads()
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            while (batch := self._work.get()) is not None:
-                batch.run()
+            while (given := self._work.get()) is not None:
+                if isinstance(given, threading.Event):
+                    given.set()
+                else:
+                    given.run()
+                del given  # its tensors are not kept while the thread waits for the next

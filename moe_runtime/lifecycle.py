@@ -36,6 +36,7 @@ from moe_runtime.prediction import PredictorLike, open_predictor, predictor_name
 from moe_runtime.runtime import RUNTIME, Runtime, runtime_of
 from moe_runtime.saving import ExpertStateDict
 from moe_runtime.slot_memory import dense_memory
+from moe_runtime.steps import is_calling
 
 __all__ = ["attach", "detach", "from_pretrained"]
 
@@ -239,7 +240,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         BudgetError: the experts do not fit in free memory; says how many bytes they take.
     """
     runtime = runtime_of(model)
-    if not runtime.executor.try_stop():
+    if not runtime.executor.try_stop(lambda thread: is_calling(thread, runtime)):
         raise AttachError("a call is under way on this model; detach it when it has returned")
     try:
         if runtime.paged:

@@ -288,17 +288,22 @@ class Fetcher:
         return not self._finished.empty()
 
     def cancel(self) -> None:
-        """Drop what has not begun, wait for what has; afterwards nothing is in flight."""
+        """Drop what has not begun, wait for what has; afterwards nothing is in flight.
+
+        Reads and copies alike. May be called again if it was interrupted.
+        """
         with self._wake:
             self._work.clear()
             self._ahead.clear()
             while self._busy:
                 self._wake.wait()
         while not self._finished.empty():
-            self._device.finish(self._finished.get().token)
-        for key in self._in_flight:
-            if self._host is not None:
-                self._host.settle(*key, good=False)
+            self._finished.get()
+        # Not by their tokens: Ctrl-C may have come between a copy and whoever notes its token.
+        for ahead in (False, True):
+            self._device.finish(self._device.copy([], self._device.fence(), ahead=ahead))
+        if self._host is not None:
+            self._host.abandon()
         self._in_flight.clear()
 
     def leave(self) -> None:
@@ -315,8 +320,8 @@ class Fetcher:
         """End the threads and release the store."""
         self.cancel()
         with self._wake:
-            self._work.extend([None] * len(self._threads))
-            self._wake.notify_all()
+            self._work.append(None)
+            self._wake.notify()
         for thread in self._threads:
             thread.join()
         self._threads.clear()
@@ -326,13 +331,17 @@ class Fetcher:
         if len(self._threads) == self._wanted:
             return
         threads = torch.get_num_threads()
-        while len(self._threads) < self._wanted:
-            # Daemons: a program that ends without closing the model must not hang.
-            thread = threading.Thread(target=self._read_forever, name="expert-reader", daemon=True)
-            thread.start()
-            self._threads.append(thread)
-            self._ready.acquire()
-        torch.set_num_threads(threads)
+        try:
+            while len(self._threads) < self._wanted:
+                # Daemons: a program that ends without closing the model must not hang.
+                thread = threading.Thread(
+                    target=self._read_forever, name="expert-reader", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+                self._ready.acquire()
+        finally:
+            torch.set_num_threads(threads)
 
     def _read_forever(self) -> None:
         # PyTorch's thread count is one for each thread: a reader's copies must not start compute
@@ -348,6 +357,10 @@ class Fetcher:
                     self._wake.wait()
                 item = self._work.popleft() if self._work else self._ahead.popleft()
                 if item is None:
+                    # For the others too, however many: Ctrl-C in a thread's start leaves it
+                    # running and unlisted, and it may be the one that takes this.
+                    self._work.appendleft(None)
+                    self._wake.notify()
                     return
                 item[0].begun = True
                 self._busy += 1

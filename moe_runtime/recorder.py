@@ -70,7 +70,8 @@ class Recorder:
         """Take in one layer's routing: `index [T, K]`, `weights [T, K]`."""
         current = self._open
         if current is None or current.step is not step or position in current.layers:
-            self.flush()
+            # A layer may run again in one call, and then has rows of their own.
+            self.flush(under_way=current is not None and current.step is step)
             current = self._open = _Rows(step)
         current.layers[position] = (
             index.detach().to("cpu", copy=True),
@@ -81,9 +82,17 @@ class Recorder:
         """A forward call failed: its rows are not kept."""
         self._open = None
 
-    def flush(self) -> None:
-        """Turn the forward call under way into rows."""
+    def flush(self, *, under_way: bool = False) -> None:
+        """Turn what the latest forward call has told into rows.
+
+        Args:
+            under_way: the call goes on. Otherwise one that has not ended well was cut off by
+                Ctrl-C, of which nobody is told: layers are missing, and it leaves no rows.
+        """
         rows, self._open = self._open, None
+        step = None if rows is None else rows.step
+        if step is not None and step.ended is False and not under_way:
+            return
         if rows is not None and rows.layers:
             part = self._rows(rows)
             self.rows += len(part)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from moe_runtime.access import Access
 from moe_runtime.core import IntArray
+from moe_runtime.errors import UnsupportedModelError
 
 __all__ = ["LayerRouting", "sort_routing", "sort_single"]
 
@@ -53,6 +55,9 @@ def sort_routing(
 
     Indices of `num_experts` and more are sentinels (an expert elsewhere) and dropped, as are the
     rows that `real` (bool `[T]`) marks as padding.
+
+    Raises:
+        UnsupportedModelError: an index below 0.
     """
     flat = top_k_index.t().reshape(-1).to("cpu").numpy()
     keep = flat < num_experts
@@ -61,6 +66,8 @@ def sort_routing(
     order = np.argsort(flat, kind="stable").astype(np.int64, copy=False)
     if not keep.all():
         order = order[keep[order]]
+    if len(order) and flat[order[0]] < 0:
+        _refuse(position, int(flat[order[0]]), num_experts)
     experts, counts = _runs(flat[order])
     starts = np.cumsum(counts) - counts
     access = Access(position=position, experts=experts, tokens=counts)
@@ -71,12 +78,24 @@ def sort_single(position: int, chosen: Sequence[int], num_experts: int) -> Acces
     """The access of a single token whose choices are distinct experts, or None if they are not.
 
     The common step of decode, without the cost of sorting arrays.
+
+    Raises:
+        UnsupportedModelError: an index below 0.
     """
     ascending = sorted(chosen)
+    if ascending[0] < 0:
+        _refuse(position, ascending[0], num_experts)
     if ascending[-1] >= num_experts or len(set(ascending)) != len(ascending):
         return None
     experts = np.array(ascending, np.int64)
     return Access(position=position, experts=experts, tokens=_ones(len(ascending)))
+
+
+def _refuse(position: int, chosen: int, num_experts: int) -> NoReturn:
+    raise UnsupportedModelError(
+        f"the router of MoE layer {position} (counted from 0) chose expert {chosen}; experts are "
+        f"numbered from 0 to {num_experts - 1}, and what is elsewhere from {num_experts} on"
+    )
 
 
 @lru_cache

@@ -134,6 +134,7 @@ class Runtime:
         step = begin_step(kwargs, args)
         if self._sequence_ids is not None and len(self._sequence_ids) == step.batch:
             step.sequence_ids = self._sequence_ids
+        step.ended = False
         self.profiler.begin_step(decode=step.decode, tokens=step.tokens)
         self.executor.begin_call(step)
 
@@ -148,6 +149,8 @@ class Runtime:
                 for recorder in self._recorders:
                     recorder.discard_step()
             else:
+                if self.executor.step is not None:
+                    self.executor.step.ended = True
                 residents = self.cache.residents() if self.profiler.wants_snapshot() else None
                 record = self.profiler.end_step(residents)
         self.executor.end_call(None if record is None else record.seconds)

@@ -165,9 +165,8 @@ class SlotLayers:
                 parts = self._merged(parts, one, tokens, choices)
                 self._count(position, one)
         except BaseException:
-            for one in hosted:
-                one.batch.drop()
-                one.batch.wait()
+            if self.hosting is not None:
+                self._host.abandon()
             raise
         finally:
             self._transfers.after = None

@@ -70,6 +70,7 @@ class SlotTransfers:
     def cancel(self) -> None:
         """Drop what has not begun, wait for the rest."""
         self._fetcher.cancel()
+        self.after = None
 
     def done(self, token: Any) -> bool:
         """Whether the device has the bytes."""

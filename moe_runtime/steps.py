@@ -5,6 +5,7 @@ Read off the arguments of the model's own forward by a hook; knows no experts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["SequenceNumbers", "Step", "begin_step", "step_modules"]
+__all__ = ["SequenceNumbers", "Step", "begin_step", "is_calling", "step_modules"]
 
 
 @dataclass(eq=False)
@@ -30,6 +31,7 @@ class Step:
             there is no padding.
         sequence_ids: number of each sequence of the batch, where the caller gave them
             (`Runtime.sequences`); else None.
+        ended: whether the call has ended well; None if nobody will tell.
     """
 
     rows: int = 0
@@ -40,6 +42,7 @@ class Step:
     token_ids: torch.Tensor | None = None
     places: torch.Tensor | None = None
     sequence_ids: tuple[int, ...] | None = None
+    ended: bool | None = None
 
     @property
     def tokens(self) -> int:
@@ -91,6 +94,20 @@ class SequenceNumbers:
             self._first = self._next
             self._next += batch
         return list(range(self._first, self._first + batch))
+
+
+def is_calling(thread: int, hooks_of: object) -> bool:
+    """Whether a thread is inside a call of a module that has forward hooks of this object."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and any(
+            getattr(hook, "__self__", None) is hooks_of
+            for hook in module._forward_pre_hooks.values()
+        ):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def begin_step(arguments: Mapping[str, Any], positional: tuple[Any, ...]) -> Step:

@@ -12,7 +12,7 @@ import ctypes
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -348,10 +348,13 @@ class HostTier:
             victim = next((key for key in self._held[group] if key not in busy), None)
             if victim is None:
                 return None
-            slot = self._held[group].pop(victim)
-            self._finish(self._leases.pop(victim, None))
+            # Waiting comes first: Ctrl-C in it leaves the victim where it is.
+            self._finish(self._leases.get(victim))
             if victim in self._computing:
-                self._finish(self._computing.pop(victim))
+                self._finish(self._computing[victim])
+            slot = self._held[group].pop(victim)
+            self._leases.pop(victim, None)
+            self._computing.pop(victim, None)
         self._writing[(position, expert)] = slot
         return self._pools[group].tensors(slot)
 
@@ -365,3 +368,25 @@ class HostTier:
             self._held[group][(position, expert)] = slot
         else:
             self._free[group].append(slot)
+
+    def abandon(self) -> None:
+        """No read goes on: what was claimed and not settled is free.
+
+        Works from the state as it is, wherever it was interrupted.
+        """
+        self._writing.clear()
+        for group, held in enumerate(self._held):
+            taken = set(held.values())
+            count = self._pools[group].count
+            self._free[group] = [slot for slot in range(count) if slot not in taken][::-1]
+
+    def check_integrity(self, in_flight: Collection[tuple[int, int]] = ()) -> None:
+        """Assert that every slot is free, held or being written for a read in flight."""
+        assert set(self._writing) <= set(in_flight), "memory is claimed that nobody reads into"
+        for group, held in enumerate(self._held):
+            used = [slot for key, slot in self._writing.items() if self._group(key) == group]
+            slots = sorted([*self._free[group], *held.values(), *used])
+            assert slots == list(range(self._pools[group].count)), "a host slot is lost or doubled"
+
+    def _group(self, key: tuple[int, int]) -> int:
+        return self._spec.group_of(key[0])

@@ -6,6 +6,7 @@ Knows links; no models.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,10 +55,15 @@ def check_gloo_links(rank: int, folder: str) -> None:
         entry = next(e for e in link.ledger.entries() if e.kind == "move")
         assert entry.calls == 3
         assert entry.rounds == (6 if name == "sizes" else 3)
-    if rank == 0:
-        time.sleep(0.5)
+    told = Path(folder) / "told"
+    if rank == 0:  # it stays until the other has had its error, however slow the machine
+        until = time.monotonic() + 90.0
+        while not told.exists():
+            assert time.monotonic() < until, "rank 1 waits for good"
+            time.sleep(0.02)
     else:  # the other rank never calls: an error in time that names the call
         late = GroupLink(framing="sizes", timeout=0.3)
         with pytest.raises(ParallelError, match="agree:fingerprints"):
             late.agree("fingerprints", 1)
+        told.touch()
     dist.destroy_process_group()

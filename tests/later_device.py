@@ -7,14 +7,15 @@ Knows the device protocol and the names of the executor's kernel, nothing else.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from moe_runtime import executor
+from moe_runtime import executor, slot_layers
+from moe_runtime.host_experts import HostBatch, HostExperts
 from moe_runtime.store import DiskStore
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
@@ -22,9 +23,13 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(eq=False)
 class Copy:
-    """A copy under way. Arrived: compute sees it. Done: its source may be written again."""
+    """A copy under way. Arrived: compute sees it. Done: its source may be written again.
+
+    It begins when its fence has passed, and then the copies that compute had waited for are done.
+    """
 
     pairs: Pairs
+    fence: Fence
     ahead: bool = False
     arrived: bool = False
     done: bool = False
@@ -41,9 +46,10 @@ class Back:
 
 @dataclass(frozen=True)
 class Fence:
-    """All compute up to this time."""
+    """All compute up to this time, and the copies that it waits for."""
 
     time: int
+    waited: tuple[Copy, ...] = field(default=(), repr=False)
 
 
 @dataclass(eq=False)
@@ -62,6 +68,8 @@ class LaterDevice:
     time: int = 0
     last_use: dict[int, int] = field(default_factory=dict)  # address of a slot -> time
     waits: int = 0
+    patience: Callable[[], int] = lambda: 2  # times that a copy is asked about in vain
+    host_reads: dict[int, set[int]] = field(default_factory=dict)  # addresses, by host batch
     finishes: int = 0  # times that the host waited for something from the device
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -70,7 +78,7 @@ class LaterDevice:
     allocate_host = allocate
 
     def fence(self) -> Fence:
-        return Fence(self.time)
+        return Fence(self.time, tuple(copy for copy in self.copies if copy.arrived))
 
     def copy(self, pairs: Pairs, after: Any, *, ahead: bool = False) -> Copy:
         for target, _ in pairs:
@@ -81,7 +89,8 @@ class LaterDevice:
                 self.faults.append("two copies into one slot at once")
             target.view(torch.uint8).fill_(0xFF)  # NaN in every float type
         self.copies = [copy for copy in self.copies if not copy.done]
-        self.copies.append(Copy(pairs, ahead))
+        fence = after if isinstance(after, Fence) else Fence(self.time)
+        self.copies.append(Copy(pairs, fence, ahead))
         return self.copies[-1]
 
     def to_host(self, tensor: torch.Tensor, after: Any) -> tuple[torch.Tensor, Any]:
@@ -101,22 +110,36 @@ class LaterDevice:
             token.arrived = True
 
     def done(self, token: Any) -> bool:
-        """Copies that nobody waits for are done when they are asked about a third time."""
-        if token is None or token.arrived:
+        """Copies that nobody waits for are done when they are asked about once more often."""
+        if token is None or token.done:
             return True
         token.asked += 1
-        return token.asked > 2  # the bytes arrive with `wait`, which has to follow
+        if token.asked > self.patience():
+            self._end(token)
+        return bool(token.done)  # the bytes arrive with `wait`, which has to follow
 
     def finish(self, token: Any) -> None:
         if isinstance(token, Back):
             self.finishes += 1
             token.held.copy_(token.source)
             return
-        self.wait(token)
-        if token is not None and not token.done:
-            # Two streams: what was asked for earlier on the same one is done too.
-            for copy in self.copies[: self.copies.index(token) + 1]:
-                copy.done = copy.done or copy.ahead == token.ahead
+        if token is None or token.done:
+            self.wait(token)
+            return
+        for copy in self._end(token):
+            self.wait(copy)
+
+    def _end(self, token: Copy) -> list[Copy]:
+        """The copy is done, and what was asked for earlier on the same of two streams."""
+        ended = []
+        for copy in self.copies[: self.copies.index(token) + 1]:
+            if copy.ahead == token.ahead and not copy.done:
+                copy.done = True
+                ended.append(copy)
+                for earlier in copy.fence.waited:
+                    if not earlier.done:
+                        ended += self._end(earlier)
+        return ended
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -127,7 +150,7 @@ class LaterDevice:
     def compute(self, slots: torch.Tensor, stacked: Sequence[torch.Tensor]) -> None:
         """A kernel that reads these slots is issued."""
         self.time += 1
-        for slot in set(slots.tolist()):
+        for slot in set(slots[slots >= 0].tolist()):
             for tensors in stacked:
                 address = tensors[slot].data_ptr()
                 self.last_use[address] = self.time
@@ -140,10 +163,15 @@ class LaterDevice:
         for copy in list(self.copies):
             if not copy.done and any(source.data_ptr() in written for _, source in copy.pairs):
                 self.faults.append("host memory is written while a copy from it is under way")
+        if any(read & written for read in list(self.host_reads.values())):
+            self.faults.append("host memory is written while the host computes with it")
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> LaterDevice:
-    """Make `device="cuda"` mean a new device of this kind, and let it see every kernel and read."""
+    """Make `device="cuda"` mean a new device of this kind, and let it see every kernel and read.
+
+    On the host as well: what it computes reads memory too.
+    """
     device = LaterDevice()
     kernel, read = executor.grouped_experts, DiskStore.read
     lock = threading.Lock()
@@ -157,6 +185,34 @@ def install(monkeypatch: pytest.MonkeyPatch) -> LaterDevice:
             device.write(target)
         return read(self, position, expert, piece, target, bounce)
 
+    parts, layer = slot_layers.contributions, slot_layers.slot_experts
+
+    def contributions(hidden: Any, slots: Any, pool: Any, *rest: Any, **named: Any) -> torch.Tensor:
+        device.compute(slots, pool)
+        return parts(hidden, slots, pool, *rest, **named)
+
+    def slot_experts(
+        hidden: Any, slots: Any, weights: Any, pool: Any, *rest: Any, **named: Any
+    ) -> Any:
+        device.compute(slots, pool)
+        return layer(hidden, slots, weights, pool, *rest, **named)
+
+    give, run = HostExperts.submit, HostBatch.run
+
+    def submit(self: HostExperts, experts: Any, *rest: Any) -> HostBatch:
+        device.host_reads[id(experts)] = {t.data_ptr() for one in experts for t in one.tensors}
+        return give(self, experts, *rest)
+
+    def computed(self: HostBatch) -> None:
+        try:
+            run(self)
+        finally:
+            device.host_reads.pop(id(self.experts), None)
+
+    monkeypatch.setattr(slot_layers, "contributions", contributions)
+    monkeypatch.setattr(slot_layers, "slot_experts", slot_experts)
+    monkeypatch.setattr(HostExperts, "submit", submit)
+    monkeypatch.setattr(HostBatch, "run", computed)
     monkeypatch.setattr(executor, "grouped_experts", compute)
     monkeypatch.setattr(DiskStore, "read", write)
     monkeypatch.setattr("moe_runtime.lifecycle.open_device", lambda name: device)

@@ -18,6 +18,8 @@ from moe_runtime.cli.session import session
 from moe_runtime.parallel.agreement import require_same, together
 from moe_runtime.parallel.launch import die_with_parent, process_group, say_when_terminated
 
+_MEETING = 60.0  # seconds to come together in: on a busy machine processes start far apart
+
 
 def main(action: str, timeout: float) -> None:
     """Exchange rows in rounds; rank 1 differs or fails as `action` says."""
@@ -25,7 +27,7 @@ def main(action: str, timeout: float) -> None:
     with (
         session(as_json=False, debug=False),
         say_when_terminated(),
-        process_group(timeout=timeout) as link,
+        process_group(timeout=max(timeout, _MEETING)) as link,
     ):
         other = action == "differ" and link.rank == 1
         require_same(link, {"plan file": "b" if other else "a"})
@@ -35,6 +37,7 @@ def main(action: str, timeout: float) -> None:
                 raise OSError("the disk is gone")
 
         together(link, "loading", load)
+        link.timeout = timeout
         print("ready", flush=True)
         began = time.monotonic()
         while time.monotonic() - began < 60 and action != "end":

@@ -84,6 +84,41 @@ def test_ctrl_c_at_any_moment_leaves_the_model_usable(
     assert interrupted == 10
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_call_that_ctrl_c_ended_in_the_models_own_code_is_over(
+    tiny_checkpoints: TinyCheckpoints,
+    prompt: torch.Tensor,
+    eager_tokens: torch.Tensor,
+    attached: bool,
+) -> None:
+    """PyTorch runs no hook then: nobody tells the runtime that the call has ended."""
+    if attached:
+        model = moe_runtime.attach(tiny_model(), expert_budget="50%", device="cpu")
+    else:
+        model = load(tiny_checkpoints.per_expert)
+
+    def press(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with moe_runtime.record(model) as recorder:
+        generate(model, prompt)
+        rows = recorder.trace.tokens
+        hook = model.model.layers[2].self_attn.register_forward_pre_hook(press)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, prompt)
+        hook.remove()
+        assert recorder.trace.tokens == rows  # layers 0 and 1 alone make no rows
+        generate(model, prompt)
+        assert recorder.trace.tokens == 2 * rows
+        hook = model.model.layers[2].self_attn.register_forward_pre_hook(press)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, prompt)
+        hook.remove()
+    assert recorder.trace.tokens == 2 * rows
+    moe_runtime.detach(model)
+    assert torch.equal(generate(model, prompt), eager_tokens)
+
+
 def test_an_interrupt_raised_inside_the_reader_reaches_the_caller(
     model: PreTrainedModel,
     prompt: torch.Tensor,

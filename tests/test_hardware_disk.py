@@ -22,6 +22,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "READ_SIZES", (4096, MIB))
     monkeypatch.setattr(disk, "READ_THREADS", (1, 2))
     monkeypatch.setattr(disk, "_WINDOW_SECONDS", 0.002)
+    # A busy disk is measured as well, and whole; whoever wants it too slow says so.
+    monkeypatch.setattr(disk, "_WRITE_SECONDS", 600.0)
+    monkeypatch.setitem(disk.measure_disk.__kwdefaults__, "limit_seconds", 600.0)
 
 
 def the_only_note(measured: disk.DiskMeasured) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from moe_runtime.executor import expert_form
-from slot_pools import slot_case
+from slot_pools import SlotCase, slot_case
 
 EXPERTS, HIDDEN, WIDTH = 5, 12, 10
 
@@ -165,6 +166,31 @@ def test_a_slot_of_minus_one_contributes_nothing() -> None:
         )
         assert not found[1].any()
         assert found[0].any()
+
+
+@pytest.mark.parametrize("kernel", ["auto", "plain", "triton"])
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (lambda c: {"hidden": c.hidden.unsqueeze(1)}, r"hidden \(3, 1, 40\) must be \[T, D\]"),
+        (lambda c: {"hidden": c.hidden[0]}, "hidden's T = 40"),
+        (lambda c: {"hidden": c.hidden.repeat(1, 2)}, "the experts' D = 40"),
+        (lambda c: {"hidden": c.hidden[:, :8]}, "the experts' D = 40"),
+        (lambda c: {"slots": c.slots.float()}, "slots are torch.float32"),
+        (lambda c: {"slots": c.slots > 0}, "slots are torch.bool"),
+        (lambda c: {"slots": torch.full_like(c.slots, 5)}, "slot 5 is none of the pool's 0 to 4"),
+        (lambda c: {"slots": torch.full_like(c.slots, 2**40)}, "slot 1099511627776 is none"),
+        (lambda c: {"hidden": c.hidden.bfloat16()}, "hidden is torch.bfloat16"),
+    ],
+)
+def test_input_that_a_kernel_would_misread_is_refused(
+    kernel: str, wrong: Callable[[SlotCase], dict[str, torch.Tensor]], hint: str
+) -> None:
+    case = slot_case()
+    given = {"hidden": case.hidden, "slots": case.slots, "weights": case.weights} | wrong(case)
+    with pytest.raises(ValueError, match=hint):
+        slot_experts(**given, pool=case.pool, form=case.form, kernel=kernel)
+    assert not dispatch._failures  # a caller's mistake does not cost the others Triton
 
 
 def test_shapes_and_kernels_that_do_not_fit_are_refused() -> None:

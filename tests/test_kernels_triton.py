@@ -3,9 +3,12 @@ where there is one), and compiled for GPUs without one."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,50 @@ def test_a_slot_twice_in_one_token_and_slots_of_a_larger_pool(tokens: int) -> No
         view.copy_(stack)  # rows that are not contiguous, with NaN in the gaps
     strided = SlotCase(**{**case.__dict__, "pool": wide})
     assert_same(case, computed(strided))
+
+
+ODD: dict[str, Callable[[SlotCase], dict[str, torch.Tensor]]] = {
+    "no token": lambda c: {"hidden": c.hidden[:0], "slots": c.slots[:0], "weights": c.weights[:0]},
+    "no choice": lambda c: {"slots": c.slots[:, :0], "weights": c.weights[:, :0]},
+    "one choice": lambda c: {"slots": c.slots[:, 1:], "weights": c.weights[:, 1:]},
+    "one slot for all": lambda c: {"slots": torch.full_like(c.slots, 2)},
+    "nothing here": lambda c: {"slots": torch.full_like(c.slots, -1)},
+    "any negative number": lambda c: {"slots": torch.where(c.slots < 2, -7, c.slots)},
+    "int32": lambda c: {"slots": c.slots.int()},
+    "uint8": lambda c: {"slots": c.slots.clamp_min(0).to(torch.uint8)},
+    "rows of a wider tensor": lambda c: {"hidden": c.hidden.repeat(1, 2)[:, : c.hidden.shape[1]]},
+    "every other column": lambda c: {"hidden": c.hidden.repeat_interleave(2, 1)[:, ::2]},
+    "columns first": lambda c: {
+        name: getattr(c, name).t().contiguous().t() for name in ("hidden", "slots", "weights")
+    },
+    "weights of float64": lambda c: {"weights": c.weights.double()},
+    "weights of bfloat16": lambda c: {"weights": c.weights.bfloat16()},
+    "weights that are no numbers": lambda c: {"weights": c.weights.masked_fill(c.slots < 0, nan)},
+    "a row of NaN": lambda c: {"hidden": c.hidden.index_fill(0, torch.tensor(0), nan)},
+    "a row of infinity": lambda c: {"hidden": c.hidden.index_fill(0, torch.tensor(0), math.inf)},
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 34])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+def test_odd_input_is_computed_alike(odd: str, tokens: int) -> None:
+    case = slot_case(tokens=tokens, choices=2, slots=4)
+    given = {"hidden": case.hidden, "slots": case.slots, "weights": case.weights} | ODD[odd](case)
+    plain, found = (
+        slot_experts(
+            **{name: tensor.to(DEVICE) for name, tensor in given.items()},
+            pool=case.to(DEVICE).pool,
+            form=case.form,
+            kernel=kernel,
+        )
+        for kernel in ("plain", "triton")
+    )
+    torch.testing.assert_close(found, plain, rtol=2e-5, atol=4e-5, equal_nan=True)
+    assert not dispatch._failures
+    # Rows are each other's strangers, whatever stands in them.
+    if odd.startswith("a row of") and tokens > 1:
+        assert found[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 34])

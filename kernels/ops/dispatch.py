@@ -134,7 +134,8 @@ def combined(
     if form.finish is not None:
         # What was not computed must not come back as a norm's bias.
         values = form.finish(values.to(dtype)).masked_fill((slots < 0).view(-1, 1), 0)
-    return combine(values.view(*slots.shape, -1), weights, dtype)
+    # Nor does the weight of what is not here count, be it NaN.
+    return combine(values.view(*slots.shape, -1), weights.masked_fill(slots < 0, 0), dtype)
 
 
 def slot_experts(
@@ -163,13 +164,11 @@ def slot_experts(
         `[T, D']` in the dtype of hidden.
 
     Raises:
-        ValueError: shapes that do not fit, or `kernel="triton"` for what Triton does not take.
+        ValueError: shapes, types or slots that do not fit, or `kernel="triton"` for what Triton
+            does not take. On a GPU slots of `S` and more are not noticed, which would wait for the
+            device: they read memory that is not the pool's.
     """
-    if slots.shape != weights.shape or slots.dim() != 2 or len(slots) != len(hidden):
-        raise ValueError(
-            f"slots {tuple(slots.shape)} and weights {tuple(weights.shape)} must both be [T, K] "
-            f"with hidden's T = {len(hidden)}"
-        )
+    _check(hidden, slots, weights, pool, form)
     if kernel not in ("auto", "triton", "plain"):
         raise ValueError(f"kernel={kernel!r}: known are auto, triton, plain")
     if kernel == "triton" and (why := _why_not(hidden, pool, form)):
@@ -184,6 +183,35 @@ def slot_experts(
     bound = min(len(pool[0]), slots.numel()) if distinct is None else distinct
     parts = contributions(hidden, slots, pool, form, distinct=bound, kernel=kernel)
     return combined(parts, slots, weights, form, hidden.dtype, kernel=kernel)
+
+
+def _check(
+    hidden: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    pool: tuple[torch.Tensor, ...],
+    form: ExpertForm,
+) -> None:
+    """Raise a ValueError for what a kernel would compute with all the same, or stumble over."""
+    if slots.shape != weights.shape or slots.dim() != 2 or len(slots) != len(hidden):
+        raise ValueError(
+            f"slots {tuple(slots.shape)} and weights {tuple(weights.shape)} must both be [T, K] "
+            f"with hidden's T = {len(hidden)}"
+        )
+    inputs = pool[form.up].shape[-2 if form.transposed else -1]
+    if hidden.dim() != 2 or hidden.shape[1] != inputs:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must be [T, D] with the experts' D = {inputs}; flatten "
+            "batch and sequence first"
+        )
+    if slots.is_floating_point() or slots.dtype == torch.bool:
+        raise ValueError(f"slots are {slots.dtype}, but must be integers")
+    if slots.is_cpu and slots.numel() and int(slots.max()) >= len(pool[0]):
+        raise ValueError(f"slot {int(slots.max())} is none of the pool's 0 to {len(pool[0]) - 1}")
+    if hidden.is_cpu and hidden.dtype != pool[form.up].dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype} and the experts are {pool[form.up].dtype}; convert one"
+        )
 
 
 def _by_triton(
