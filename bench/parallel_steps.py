@@ -24,9 +24,10 @@ from moe_runtime.placement.baselines import contiguous
 from moe_runtime.placement.decode_steps import first_choices, recorded_steps, starts_of
 from moe_runtime.placement.links import Link, Links
 from moe_runtime.placement.messages import MODES, MessageSizes
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.problem import Problem
-from moe_runtime.placement.solve import SolveOptions, plan_of
+from moe_runtime.placement.solve import plan_of
 from moe_runtime.placement.step_time import step_time
 from moe_runtime.placement.step_traffic import replay
 from moe_runtime.placement.timed_plan import Serving, make_timed_plan

@@ -15,11 +15,12 @@ from moe_runtime.placement.decode_steps import first_choices, in_lanes, starts_o
 from moe_runtime.placement.drawn_routing import drawn_trace
 from moe_runtime.placement.links import Links
 from moe_runtime.placement.messages import COHERENT, MODES, MessageSizes
+from moe_runtime.placement.methods import Progress, SolveOptions
 from moe_runtime.placement.plan import BoolArray, Plan
 from moe_runtime.placement.prefill_traffic import prompts_in_lanes, replay_prefill
 from moe_runtime.placement.problem import Objective, Problem
 from moe_runtime.placement.recordings import Recording
-from moe_runtime.placement.solve import Progress, SolveOptions, make_plan, plan_metrics
+from moe_runtime.placement.solve import make_plan, plan_metrics
 from moe_runtime.placement.step_time import (
     Compute,
     ModesCompared,

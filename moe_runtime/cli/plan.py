@@ -28,7 +28,7 @@ from moe_runtime.cli.step_time import (
 from moe_runtime.core import parse_bytes
 from moe_runtime.errors import ConfigError
 from moe_runtime.placement.messages import MODES
-from moe_runtime.placement.solve import METHODS
+from moe_runtime.placement.methods import METHODS
 from moe_runtime.placement.timed_plan import PROMPT_TOKENS
 
 __all__ = ["plan"]
