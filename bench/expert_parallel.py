@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.problem import Problem
-from moe_runtime.placement.solve import SolveOptions, make_plan
+from moe_runtime.placement.solve import make_plan
 from moe_runtime.placement.topology import Topology
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -5,7 +5,7 @@ Does not know what is measured.
 
 from __future__ import annotations
 
-from moe_runtime import runtime
+from moe_runtime import lifecycle
 from moe_runtime.device import CpuDevice, Device
 
 __all__ = ["HostAsDevice", "stand_in"]
@@ -28,4 +28,4 @@ def stand_in() -> None:
         del name
         return HostAsDevice()
 
-    runtime.open_device = opened
+    lifecycle.open_device = opened

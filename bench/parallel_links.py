@@ -29,9 +29,10 @@ from moe_runtime.placement.baselines import contiguous
 from moe_runtime.placement.decode_steps import first_choices, in_lanes, starts_of
 from moe_runtime.placement.links import Link, Links, loads_by_level
 from moe_runtime.placement.messages import MODES, MessageSizes
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.plan import BoolArray
 from moe_runtime.placement.problem import Problem
-from moe_runtime.placement.solve import SolveOptions, split_holdout
+from moe_runtime.placement.solve import split_holdout
 from moe_runtime.placement.step_time import ModeTime, compare_modes
 from moe_runtime.placement.step_traffic import replay
 from moe_runtime.placement.timed_plan import Serving, make_timed_plan

@@ -28,9 +28,10 @@ from moe_runtime.placement.baselines import contiguous
 from moe_runtime.placement.decode_steps import first_choices, recorded_steps, starts_of
 from moe_runtime.placement.links import Link, Links
 from moe_runtime.placement.messages import MODES, MessageSizes
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.problem import Problem
-from moe_runtime.placement.solve import SolveOptions, plan_of
+from moe_runtime.placement.solve import plan_of
 from moe_runtime.placement.step_time import step_seconds
 from moe_runtime.placement.step_traffic import StepTraffic, replay
 from moe_runtime.placement.timed_plan import Serving, make_timed_plan
@@ -56,7 +57,9 @@ LINKS = {  # and the numbers of experts a token that are tried
 BASELINE = "vanilla, contiguous"
 
 
-def inputs(path: str) -> tuple[RoutingTrace, list[list[int]]]:
+def inputs(
+    path: str, *, prompt_tokens: int = PROMPT_TOKENS
+) -> tuple[RoutingTrace, list[list[int]]]:
     """Routing of the first texts of every kind, and prompts from others."""
     model = moe_runtime.from_pretrained(path, expert_budget="100%", device="cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -66,7 +69,7 @@ def inputs(path: str) -> tuple[RoutingTrace, list[list[int]]]:
             for text in texts[:TRAIN_TEXTS]:
                 model(tokenizer(text[:4000], return_tensors="pt")["input_ids"][:, :400])
             prompts += [
-                tokenizer(text[:400])["input_ids"][:PROMPT_TOKENS]
+                tokenizer(text[: max(400, 8 * prompt_tokens)])["input_ids"][:prompt_tokens]
                 for text in texts[TRAIN_TEXTS : TRAIN_TEXTS + PROMPTS // 3 + 1]
             ]
     return recorder.trace, prompts[:PROMPTS]

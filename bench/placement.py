@@ -27,9 +27,10 @@ from moe_runtime.placement.baselines import contiguous
 from moe_runtime.placement.bounds import lower_bound
 from moe_runtime.placement.cost import Metrics, measure
 from moe_runtime.placement.instance import make_instance
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.problem import Problem
 from moe_runtime.placement.smoothing import LEVELS
-from moe_runtime.placement.solve import SolveOptions, make_plan, split_holdout
+from moe_runtime.placement.solve import make_plan, split_holdout
 from moe_runtime.placement.sweep import improve, sweep
 from moe_runtime.placement.topology import Topology
 from rich.console import Console

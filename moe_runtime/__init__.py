@@ -17,16 +17,10 @@ from moe_runtime.errors import (
     TraceError,
     UnsupportedModelError,
 )
+from moe_runtime.inspection import inspect_checkpoint
+from moe_runtime.lifecycle import attach, detach, from_pretrained
 from moe_runtime.routing_counts import RoutingCounts
-from moe_runtime.runtime import (
-    attach,
-    detach,
-    from_pretrained,
-    inspect_checkpoint,
-    record,
-    report,
-    runtime_of,
-)
+from moe_runtime.runtime import record, report, runtime_of
 from moe_runtime.steering import steer
 from moe_runtime.trace import RoutingTrace
 from moe_runtime.version import __version__

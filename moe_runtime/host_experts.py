@@ -115,6 +115,11 @@ class HostExperts:
         self._work.put(batch)
         return batch
 
+    def leave(self) -> None:
+        """Tell the thread to end after what it has been given; waits for nothing."""
+        if self._thread is not None:
+            self._work.put(None)
+
     def close(self) -> None:
         """End the thread, after what it has been given."""
         if self._thread is not None:

@@ -301,6 +301,16 @@ class Fetcher:
                 self._host.settle(*key, good=False)
         self._in_flight.clear()
 
+    def leave(self) -> None:
+        """Tell the threads to end, each after the piece that it reads; waits for nothing.
+
+        What is under way may be forgotten: the last thread to end lets go of the store.
+        """
+        with self._wake:
+            # Before all other work, which stays: a thread that has seen some must find some.
+            self._work.extendleft([None] * len(self._threads))
+            self._wake.notify_all()
+
     def close(self) -> None:
         """End the threads and release the store."""
         self.cancel()

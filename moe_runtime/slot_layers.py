@@ -19,6 +19,7 @@ import torch
 
 from moe_runtime.cache import ExpertCache
 from moe_runtime.device import Device
+from moe_runtime.ending import end_with
 from moe_runtime.host_experts import HostBatch, HostExpert, HostExperts
 from moe_runtime.hosting import Hosting, Miss
 from moe_runtime.kernels import (
@@ -177,9 +178,9 @@ class SlotLayers:
         self._bring_behind(position, routing, hosted)
         return output
 
-    def close(self) -> None:
-        """End the host's thread."""
-        self._host.close()
+    def end_with(self, owner: object) -> None:
+        """End the host's thread with its owner."""
+        end_with(owner, self._host)
 
     # -- on the device --------------------------------------------------------------------------
 

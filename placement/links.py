@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +89,26 @@ class Links:
     def levels(self) -> tuple[Link, Link]:
         """Inside a node, between nodes."""
         return self.near, self.far or self.near
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Links:
+        """What `to_dict` gave.
+
+        Raises:
+            PlanError: a field is missing or no number; names it.
+        """
+        found = []
+        for level in ("same_node", "other_node"):
+            try:
+                entry = data[level]
+                rate, latency = float(entry["bytes_per_second"]), float(entry["latency_seconds"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise PlanError(
+                    f"links: field {level!r} is missing or damaged ({error!r}); plan again with "
+                    "--link"
+                ) from None
+            found.append(Link(bandwidth=rate, latency=latency))
+        return cls(near=found[0], far=found[1])
 
     def scaled(self, factor: float) -> Links:
         """With all bandwidths `factor` times as high."""

@@ -11,11 +11,16 @@ from typing import Any
 
 from moe_runtime.errors import PlanError
 
-__all__ = ["COHERENT", "MODES", "VANILLA", "MessageSizes"]
+__all__ = ["COHERENT", "MODES", "VANILLA", "MessageSizes", "number_bytes"]
 
 VANILLA, COHERENT = "vanilla", "coherent"
 MODES = (VANILLA, COHERENT)
 _NUMBERS = ((1, 1 << 8), (2, 1 << 15), (4, 1 << 31))  # bytes, numbers that they hold
+
+
+def number_bytes(count: int) -> int:
+    """Bytes of a number below `count`, as the engine packs it."""
+    return next(width for width, most in _NUMBERS if count <= most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,7 @@ class MessageSizes:
         move: of one row to its new device, and to each other that has experts of it (coherent).
         partial_sums: of one row's sum over another device's experts (coherent, top-k above 1).
         keys_values: of one row's new key and value in one layer, with the numbers of both.
+        kept: of one token's key and value in one layer alone, as prefill hands them round.
         token: of one row's new token at a step's end.
         row: of a row's number, which goes with its token in coherent mode.
         frame: to each other device in each collective, beside its rows.
@@ -43,6 +49,7 @@ class MessageSizes:
     keys_values: int
     layers: int
     top_k: int
+    kept: int = 0
     token: int = 4
     row: int = 1
     frame: int = 8
@@ -64,6 +71,7 @@ class MessageSizes:
         layers: int,
         top_k: int,
         itemsize: int = 2,
+        weight: int | None = None,
         experts: int = 256,
         rows: int = 256,
         residual: bool = True,
@@ -78,22 +86,21 @@ class MessageSizes:
             hidden: numbers of a hidden state.
             keys_values: numbers of one token's key and value in one layer.
             layers: decoder layers.
-            itemsize: bytes of a number, the router's weights included.
+            itemsize: bytes of a number.
+            weight: bytes of a router's weight; `itemsize` if not given.
             experts, rows: of a layer, and of a step, for the width of their numbers.
             residual: whether that norm is found in the model; else the experts' input moves too.
         """
         state = hidden * itemsize
-        number, row, layer = (
-            next(width for width, most in _NUMBERS if count <= most)
-            for count in (experts, rows, layers)
-        )
-        dispatch = state + top_k * (number + itemsize)
+        number, row, layer = map(number_bytes, (experts, rows, layers))
+        dispatch = state + top_k * (number + (itemsize if weight is None else weight))
         return cls(
             dispatch=dispatch,
             combine=state,
             move=dispatch + row + (0 if residual else state),
             partial_sums=state + row,
             keys_values=keys_values * itemsize + layer + row,
+            kept=keys_values * itemsize,
             row=row,
             layers=layers,
             top_k=top_k,

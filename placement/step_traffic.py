@@ -6,14 +6,14 @@ Knows placements, routing and message sizes; neither links and seconds, nor how 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from moe_runtime.placement.decode_steps import DecodeSteps, Holders, choices
-from moe_runtime.placement.links import loads_by_level
 from moe_runtime.placement.messages import COHERENT, MODES, VANILLA, MessageSizes
 from moe_runtime.placement.plan import BoolArray
 from moe_runtime.placement.topology import Topology
+from moe_runtime.placement.walk import Walk, vanilla_layer
 
 from moe_runtime.core import FloatArray, IntArray
 from moe_runtime.errors import PlanError
@@ -107,7 +107,7 @@ def replay(
     for first in range(0, steps.count, at_once):
         last = min(first + at_once, steps.count)
         rows = slice(int(bounds[first]), int(bounds[last]))
-        walk = _Walk(
+        walk = Walk(
             steps=steps.steps[rows] - first,
             count=last - first,
             layers=len(placement),
@@ -119,76 +119,8 @@ def replay(
     return _joined(parts, len(trace) / steps.count)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Walk:
-    """Some steps on their way; makes matrices of (step, from, to) and adds up what was sent."""
-
-    steps: IntArray
-    count: int
-    layers: int
-    topology: Topology
-    sizes: MessageSizes
-    kinds: dict[str, FloatArray] = field(default_factory=dict)
-    collectives: list[str] = field(default_factory=list)
-    loads: list[FloatArray] = field(default_factory=list)
-    present: list[BoolArray] = field(default_factory=list)
-    matrices: list[FloatArray] | None = None
-
-    def tally(self, rows: IntArray, device: IntArray) -> FloatArray:
-        """float64 `[S, G]`: how many of these are on each device."""
-        devices = self.topology.devices
-        cells = self.steps[rows] * devices + device
-        counts = np.bincount(cells, minlength=self.count * devices)
-        return counts.reshape(self.count, devices).astype(np.float64)
-
-    def messages(self, rows: IntArray, source: IntArray, target: IntArray) -> FloatArray:
-        """float64 `[S, G, G]`: how many of these go from device to device; none to itself."""
-        devices = self.topology.devices
-        away = source != target
-        cells = (self.steps[rows] * devices + source) * devices + target
-        counts = np.bincount(cells[away], minlength=self.count * devices**2)
-        return counts.reshape(self.count, devices, devices).astype(np.float64)
-
-    def send(
-        self,
-        name: str,
-        parts: Mapping[str, FloatArray],
-        position: int | None,
-        present: BoolArray | None = None,
-    ) -> None:
-        """Record a collective of a MoE layer, or of the step's end (None).
-
-        Args:
-            parts: bytes by kind, float64 `[S, G, G]`, zero on the diagonal.
-            present: bool `[S]`, in which steps it takes place; in all if not given.
-        """
-        present = np.ones(self.count, dtype=np.bool_) if present is None else present
-        frames = self.frames(self.sizes.frame) * present[:, None, None]
-        parts = {**parts, "frames": frames} if position is not None else dict(parts)
-        for kind, matrix in parts.items():
-            width = 1 if position is None else self.layers
-            sent = self.kinds.setdefault(kind, np.zeros((self.count, width)))
-            sent[:, position or 0] += matrix.sum((1, 2))
-        self.collectives.append(name)
-        self.present.append(present)
-        whole = sum(parts.values(), np.zeros(()))
-        self.loads.append(loads_by_level(whole, self.topology))
-        if self.matrices is not None:
-            self.matrices.append(whole)
-
-    def everywhere(self, amount: FloatArray) -> FloatArray:
-        """float64 `[S, G, G]`: each device sends its amount `[S, G]` to every other device."""
-        away = ~np.eye(self.topology.devices, dtype=bool)
-        return np.asarray(amount)[:, :, None] * away
-
-    def frames(self, size: int) -> FloatArray:
-        """float64 `[S, G, G]`: so many bytes from each device to each other."""
-        devices = self.topology.devices
-        return self.everywhere(np.full((self.count, devices), float(size)))
-
-
 def _walked(
-    walk: _Walk, serving: Sequence[Holders], trace: RoutingTrace, start: IntArray, mode: str
+    walk: Walk, serving: Sequence[Holders], trace: RoutingTrace, start: IntArray, mode: str
 ) -> StepTraffic:
     """Some steps through all layers; `start [N]` is where each row begins."""
     place, everyone = start, np.arange(len(start))
@@ -205,7 +137,7 @@ def _walked(
         uses.append(walk.tally(rows, device[rows, slots]).max(1))
         stays += float((target == place).sum())
         if mode == VANILLA:
-            _vanilla_layer(walk, position, place, need)
+            vanilla_layer(walk, position, place, need)
         else:
             _coherent_layer(walk, position, place, target, need)
             place = target
@@ -225,16 +157,8 @@ def _walked(
     )
 
 
-def _vanilla_layer(walk: _Walk, position: int, home: IntArray, need: BoolArray) -> None:
-    """Rows to the devices of their experts, one message each, and the sums back."""
-    rows, devices = np.nonzero(need)
-    there = walk.messages(rows, home[rows], devices)
-    walk.send("dispatch", {"dispatch": there * walk.sizes.dispatch}, position)
-    walk.send("combine", {"combine": there.swapaxes(1, 2) * walk.sizes.combine}, position)
-
-
 def _coherent_layer(
-    walk: _Walk, position: int, place: IntArray, target: IntArray, need: BoolArray
+    walk: Walk, position: int, place: IntArray, target: IntArray, need: BoolArray
 ) -> None:
     """Rows to their heaviest experts' devices, and to the others that compute for them, whose sums
     follow in a second collective where there are any.
@@ -253,7 +177,7 @@ def _coherent_layer(
         walk.send("partial sums", {"partial_sums": sums}, position, present)
 
 
-def _step_end(walk: _Walk, ended: FloatArray, kept: FloatArray, mode: str) -> None:
+def _step_end(walk: Walk, ended: FloatArray, kept: FloatArray, mode: str) -> None:
     """All learn the new tokens, and in coherent mode the new keys and values.
 
     Args:

@@ -15,11 +15,19 @@ from moe_runtime.placement.decode_steps import first_choices, in_lanes, starts_o
 from moe_runtime.placement.drawn_routing import drawn_trace
 from moe_runtime.placement.links import Links
 from moe_runtime.placement.messages import COHERENT, MODES, MessageSizes
+from moe_runtime.placement.methods import Progress, SolveOptions
 from moe_runtime.placement.plan import BoolArray, Plan
+from moe_runtime.placement.prefill_traffic import prompts_in_lanes, replay_prefill
 from moe_runtime.placement.problem import Objective, Problem
 from moe_runtime.placement.recordings import Recording
-from moe_runtime.placement.solve import Progress, SolveOptions, make_plan, plan_metrics
-from moe_runtime.placement.step_time import Compute, ModesCompared, compare_modes
+from moe_runtime.placement.solve import make_plan, plan_metrics
+from moe_runtime.placement.step_time import (
+    Compute,
+    ModesCompared,
+    ModeTime,
+    compare_modes,
+    step_time,
+)
 from moe_runtime.placement.step_traffic import replay
 from moe_runtime.placement.topology import Topology
 
@@ -27,10 +35,19 @@ from moe_runtime.errors import PlanError
 from moe_runtime.routing_counts import RoutingCounts
 from moe_runtime.trace import RoutingTrace
 
-__all__ = ["Serving", "make_timed_plan", "predict_modes", "timed_metrics"]
+__all__ = [
+    "PROMPT_TOKENS",
+    "Serving",
+    "make_timed_plan",
+    "predict_modes",
+    "predict_prefill",
+    "predicted_times",
+    "timed_metrics",
+]
 
 _MOST_STEPS = 400  # replayed of a recording: their mean is known to a percent or so
 _DRAWN_STEPS = 200
+PROMPT_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +58,21 @@ class Serving:
         rows: sequences a decode step.
         sizes: bytes of each kind of message.
         links: between the devices.
+        prompt_tokens: of each sequence's prompt, for the time of prefill.
         compute: seconds that devices compute; nothing if not given.
     """
 
     rows: int
     sizes: MessageSizes
     links: Links
+    prompt_tokens: int = PROMPT_TOKENS
     compute: Compute = field(default_factory=Compute)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "rows": self.rows,
+            "prompt_tokens": self.prompt_tokens,
             "sizes": self.sizes.to_dict(),
             "links": self.links.to_dict(),
             "compute": self.compute.to_dict(),
@@ -79,15 +99,59 @@ def predict_modes(
     Raises:
         PlanError: fewer tokens than rows, layers or experts that differ.
     """
-    if isinstance(recording, RoutingCounts):
-        tokens = serving.rows * _DRAWN_STEPS
-        recording = drawn_trace(recording, tokens, top_k=serving.sizes.top_k, seed=seed)
-    trace, steps = in_lanes(recording, serving.rows, most=_MOST_STEPS)
+    recorded = _as_trace(recording, serving, _DRAWN_STEPS, seed)
+    trace, steps = in_lanes(recorded, serving.rows, most=_MOST_STEPS)
     starts = starts_of(placement, topology, trace, steps)
     vanilla, coherent = (
         replay(placement, topology, trace, steps, serving.sizes, mode, starts) for mode in MODES
     )
     return compare_modes(vanilla, coherent, serving.links, topology, serving.compute)
+
+
+def predict_prefill(
+    placement: Sequence[BoolArray],
+    topology: Topology,
+    recording: Recording,
+    serving: Serving,
+    *,
+    seed: int = 0,
+) -> dict[str, ModeTime]:
+    """By mode the time of one call that reads the prompts of all sequences of a step.
+
+    A prompt is `serving.prompt_tokens` neighbouring tokens of the recording, or as many as there
+    are; `rows` of the result are tokens of all prompts together.
+
+    Raises:
+        PlanError: fewer tokens than sequences, layers or experts that differ.
+    """
+    recorded = _as_trace(recording, serving, serving.prompt_tokens, seed)
+    trace, calls = prompts_in_lanes(recorded, serving.rows, serving.prompt_tokens)
+    return {
+        mode: step_time(
+            replay_prefill(placement, topology, trace, calls, serving.sizes, mode),
+            serving.links,
+            topology,
+            serving.compute,
+        )
+        for mode in MODES
+    }
+
+
+def predicted_times(
+    placement: Sequence[BoolArray], topology: Topology, recording: Recording, serving: Serving
+) -> dict[str, Any]:
+    """Plain data: what `predict_modes` says of a decode step, and `prefill`, by mode."""
+    prefill = predict_prefill(placement, topology, recording, serving)
+    return predict_modes(placement, topology, recording, serving).to_dict() | {
+        "prefill": {mode: found.to_dict() for mode, found in prefill.items()}
+    }
+
+
+def _as_trace(recording: Recording, serving: Serving, steps: int, seed: int) -> RoutingTrace:
+    """The recording, or routing drawn from its counts: so many tokens of each sequence."""
+    if not isinstance(recording, RoutingCounts):
+        return recording
+    return drawn_trace(recording, serving.rows * steps, top_k=serving.sizes.top_k, seed=seed)
 
 
 def make_timed_plan(
@@ -137,8 +201,8 @@ def make_timed_plan(
             best, least = made, seconds
     assert best is not None, "something is tried"
     measured = plan_metrics(problem, best.matrices(), train, held_out=held_out, seed=options.seed)
-    step_time = timed_metrics(best.matrices(), problem.topology, held_out or train, serving)
-    step_time |= {
+    timing = timed_metrics(best.matrices(), problem.topology, held_out or train, serving)
+    timing |= {
         "mode": mode,
         "measured_on": "train" if held_out is None else "held_out",
         "tried": timed,
@@ -146,7 +210,7 @@ def make_timed_plan(
     return replace(
         best,
         top_k=tuple(train.top_k),
-        metrics={**best.metrics, **measured, "step_time": step_time},
+        metrics={**best.metrics, **measured, "step_time": timing},
         settings={**best.settings, "objective": "time", "mode": mode},
     )
 
@@ -158,8 +222,8 @@ def timed_metrics(
     rival = contiguous(tuple(map(len, placement)), topology.devices)
     return {
         **serving.to_dict(),
-        "plan": predict_modes(placement, topology, recording, serving).to_dict(),
-        "contiguous": predict_modes(rival, topology, recording, serving).to_dict(),
+        "plan": predicted_times(placement, topology, recording, serving),
+        "contiguous": predicted_times(rival, topology, recording, serving),
     }
 
 

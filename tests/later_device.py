@@ -159,5 +159,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> LaterDevice:
 
     monkeypatch.setattr(executor, "grouped_experts", compute)
     monkeypatch.setattr(DiskStore, "read", write)
-    monkeypatch.setattr("moe_runtime.runtime.open_device", lambda name: device)
+    monkeypatch.setattr("moe_runtime.lifecycle.open_device", lambda name: device)
     return device

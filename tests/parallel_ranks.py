@@ -30,9 +30,9 @@ def free_port() -> int:
 
 def enter(work: Callable[[str, float], None], action: str, timeout: float, place: Path) -> None:
     """What a rank's process does: as `python program.py`, output to files."""
-    rank, port = place.name.split("-")
+    rank, size, port = place.name.split("-")
     os.environ.update(
-        {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     )
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT), stream)
@@ -76,23 +76,32 @@ class Rank:
 
 
 @contextmanager
-def two_ranks(
-    work: Callable[[str, float], None], action: str, timeout: float, folder: Path
-) -> Iterator[tuple[Rank, Rank]]:
-    """Run `work(action, timeout)` on two ranks; those that are left are killed at the end."""
+def some_ranks(
+    count: int, work: Callable[[str, float], None], action: str, timeout: float, folder: Path
+) -> Iterator[list[Rank]]:
+    """Run `work(action, timeout)` on ranks; those that are left are killed at the end."""
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     port = free_port()
     started = []
-    for rank in range(2):
-        place = folder / f"{rank}-{port}"
+    for rank in range(count):
+        place = folder / f"{rank}-{count}-{port}"
         process = context.Process(target=enter, args=(work, action, timeout, place))
         process.start()
         started.append(Rank(process=process, place=place))
     try:
-        yield started[0], started[1]
+        yield started
     finally:
         for one in started:
             if one.process.is_alive():
                 one.send(signal.SIGKILL)
             one.process.join()
+
+
+@contextmanager
+def two_ranks(
+    work: Callable[[str, float], None], action: str, timeout: float, folder: Path
+) -> Iterator[tuple[Rank, Rank]]:
+    """`some_ranks`, two of them."""
+    with some_ranks(2, work, action, timeout, folder) as (first, second):
+        yield first, second

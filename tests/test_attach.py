@@ -167,7 +167,7 @@ def test_detach_without_room_refuses_and_names_the_bytes(
     )
     expected = logits(model, prompt)
     with monkeypatch.context() as patch:
-        patch.setattr("moe_runtime.runtime.free_memory", lambda device: free)
+        patch.setattr("moe_runtime.lifecycle.free_memory", lambda device: free)
         with pytest.raises(BudgetError, match=str(ALL_EXPERT_BYTES)):
             moe_runtime.detach(model)
     assert torch.equal(logits(model, prompt), expected)

@@ -179,13 +179,13 @@ def test_auto_leaves_room_for_what_was_asked_for(
 
     totals, texts = [], []
     for batch, length in ((1, 128), (1, 256), (2, 128), (1, 32)):
-        monkeypatch.setattr("moe_runtime.runtime.mapped_bytes", lambda suffix: 0)
+        monkeypatch.setattr("moe_runtime.assembly.mapped_bytes", lambda suffix: 0)
         plan = plan_of(max_batch=batch, max_length=length)
         totals.append(plan.total)
         texts.append(plan.explanation)
     assert totals[1] == totals[2] < totals[0] < totals[3]
     assert "of 2 times 128 tokens" in texts[2]
-    monkeypatch.setattr("moe_runtime.runtime.mapped_bytes", lambda suffix: 1000)
+    monkeypatch.setattr("moe_runtime.assembly.mapped_bytes", lambda suffix: 1000)
     plan = plan_of(max_length=128)
     assert plan.total == totals[0] - 1000
     assert "1000 B for the other weights" in plan.explanation

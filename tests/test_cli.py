@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import moe_runtime
 from moe_runtime.cli import app
+from moe_runtime.report import Report
 from run_records import run_record
 from tiny import ALL_EXPERT_BYTES, EXPERT_BYTES, EXPERTS, LAYERS, TOP_K, VOCAB, TinyCheckpoints
 
@@ -42,7 +43,7 @@ SURFACE = {
         *("--plan", "--reader-threads", "--dtype", "--revision", "--subfolder", "--variant"),
         *("--local-files-only", "--run", "--prompts", "--batch-size", "--schedule", "--window"),
         *("--every", "--predictor", "--compare", "--verify", "--out", "--max-batch"),
-        *("--max-length", "--expert-parallel", "--timeout"),
+        *("--max-length", "--expert-parallel", "--timeout", "--link", "--report"),
     },
     "hardware": {"--path", "--expert-shape", "--dtype", "--refresh", "--cache-dir"},
     "inspect": {
@@ -86,11 +87,12 @@ SURFACE = {
         *("--smoothing", "--shuffled", "--method", "--stages", "--time-limit", "--starts"),
         *("--seed", "--memory", "--host-memory", "--model", "--expert-bytes", "--out"),
         *("--mode", "--link", "--node-link", "--batch", "--widths", "--compute-ms"),
+        "--prompt-tokens",
     },
     "plan show": {"PLAN", "--out"},
     "plan compare": {
         *("PLAN...", "--trace", "--link", "--node-link", "--batch", "--widths", "--compute-ms"),
-        "--model",
+        *("--model", "--prompt-tokens"),
     },
     "report": {"RUN.json", "--out", "--trace", "--with"},
     "steer cost": {
@@ -305,8 +307,9 @@ def plain_text(checkpoint: Path, prompt: str, new_tokens: int) -> str:
 
 def test_generate_streams_what_the_plain_model_says(checkpoint: Path, tmp_path: Path) -> None:
     options = ("--expert-budget", BUDGET, "-n", 12, "--exact")
-    record = tmp_path / "kept" / "run.json"
-    result = run("generate", checkpoint, "-p", "if a:", *options, "--run", record)
+    record, page = tmp_path / "kept" / "run.json", tmp_path / "pages" / "run.html"
+    options = (*options, "--run", record, "--report", page)
+    result = run("generate", checkpoint, "-p", "if a:", *options)
     assert result.exit_code == 0, result.stderr
     expected = plain_text(checkpoint, "if a:", 12)
     assert result.stdout == f"{expected}\n"
@@ -315,6 +318,7 @@ def test_generate_streams_what_the_plain_model_says(checkpoint: Path, tmp_path: 
     assert data["generated"][0]["text"] == expected
     assert data["counters"]["decode_tokens"] == 11
     assert data["counters"]["evictions"] > 0
+    assert page.read_text(encoding="utf-8") == Report.load(record).to_html()
 
 
 def test_generate_json(checkpoint: Path, tmp_path: Path) -> None:

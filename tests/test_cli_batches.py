@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import moe_runtime
 from moe_runtime.cli import app
+from moe_runtime.report import Report
 
 TEXTS = ["def one(a):", "The State of the Union", "x = 3\ny =", "When we", "import os\nimport"]
 NEW = 4
@@ -52,9 +53,13 @@ def generate(prompts: Path, *more: object) -> Any:
 
 def test_texts_come_in_the_order_of_the_prompts(prompts: Path, tmp_path: Path) -> None:
     lines, record = tmp_path / "texts.jsonl", tmp_path / "run.json"
-    result = generate(prompts, "--compare", "--verify", "--json", "-o", lines, "--run", record)
+    page = tmp_path / "run.html"
+    written_to = ("-o", lines, "--run", record, "--report", page)
+    result = generate(prompts, "--compare", "--verify", "--json", *written_to)
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
+    assert data["report"] == str(page)
+    assert page.read_text(encoding="utf-8") == Report.load(record).to_html()
     written = [json.loads(line) for line in lines.read_text().splitlines()]
     assert data["generated"] == written
     assert [one["prompt"] for one in written] == TEXTS

@@ -15,6 +15,7 @@ from moe_runtime.cli import app
 from moe_runtime.parallel.run import FORMAT
 from moe_runtime.parallel.shards import open_source
 from moe_runtime.parallel.shares import contiguous_plan
+from moe_runtime.report import ParallelReport
 from parallel_ranks import two_ranks
 from rank_program import command
 
@@ -54,7 +55,8 @@ def test_both_modes_give_one_process_texts_and_only_rank_0_prints(tmp_path: Path
         results = run_on_two(
             tmp_path,
             *("--expert-parallel", mode, "--plan", str(tmp_path / "x.plan.json")),
-            *("--json", "--run-file", str(run)),
+            *("--json", "--run-file", str(run), "--report", str(run.with_suffix(".html"))),
+            *("--link", "1Gbit,0.1ms"),
         )
         assert [code for code, _, _ in results] == [0, 0], results
         assert results[1][1] == ""
@@ -64,6 +66,20 @@ def test_both_modes_give_one_process_texts_and_only_rank_0_prints(tmp_path: Path
         saved = json.loads(run.read_text())
         assert saved["format"] == FORMAT
         assert saved["traffic"] == data["run"]["traffic"]
+        page = run.with_suffix(".html")
+        assert data["report"] == str(page)
+        assert page.read_text() == ParallelReport.load(run).to_html()
+        foretold = data["run"]["predicted"]["prefill"]
+        sent = sum(
+            one["bytes"] + one["frame_bytes"]
+            for one in data["run"]["traffic"]
+            if one["kind"].startswith("prefill.")
+        )
+        assert foretold["cross_bytes"] == sent
+        # One latency a call, and the bytes at 1 Gbit/s: between the busiest rank's and all ranks'.
+        transfer = foretold["seconds"] - 1e-4 * foretold["calls"]
+        assert sent / 2 / 1.25e8 - 1e-9 <= transfer <= sent / 1.25e8 + 1e-9
+        assert "foretold" not in results[0][2]  # that is for people
 
 
 @pytest.mark.slow
@@ -106,6 +122,8 @@ def test_without_torchrun_the_command_to_run_is_said(
         ("--prompts", "-", "--expert-parallel", "coherent"),
         ("--prompts", "x", "--expert-parallel", "coherent", "--expert-budget", "25%"),
         ("--prompts", "x", "--timeout", "5"),
+        ("--prompts", "x", "--link", "1Gbit"),
+        ("--prompt", "x", "--report", "page.json"),
     ],
 )
 def test_options_that_do_not_go_together_are_wrong_usage(arguments: tuple[str, ...]) -> None:

@@ -61,6 +61,13 @@ def test_a_mode_gets_the_plan_that_is_fastest_in_it(
     text = run("plan", "show", place).stdout
     assert "step time     predicted for 16 rows on held-out tokens; use " in text
     assert "collectives" in text
+    for name in ("plan", "contiguous"):
+        prefill = step[name]["prefill"]
+        assert prefill["vanilla"]["rows"] == prefill["coherent"]["rows"] <= 16 * 128
+        # Coherent ranks hand keys and values round, whatever the plan.
+        assert prefill["coherent"]["seconds"] > prefill["vanilla"]["seconds"] > 0
+    tokens = round(step["plan"]["prefill"]["vanilla"]["rows"])
+    assert f"prefill       {tokens:,} tokens of prompts: vanilla " in text
 
 
 def test_compare_times_plans_and_contiguous_experts(
@@ -71,6 +78,10 @@ def test_compare_times_plans_and_contiguous_experts(
     rows = json.loads(run(*asked, "--json").stdout)["plans"]
     times = [row["step_time"][mode]["seconds"] for row in rows]
     assert times[0] < times[1]
+    prefill = [row["step_time"]["prefill"][mode] for row in rows]
+    assert prefill[0]["seconds"] < prefill[1]["seconds"]
+    short = json.loads(run(*asked, "--prompt-tokens", 2, "--json").stdout)["plans"]
+    assert [row["step_time"]["prefill"][mode]["rows"] for row in short] == [64, 64]
     shown = run(*asked).stdout
     assert "vanilla ms" in shown
     assert f"{1e3 * times[0]:.3f}" in shown

@@ -246,8 +246,8 @@ class _Meta(CpuDevice):
 def test_a_resident_layer_never_asks_the_device(
     monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    monkeypatch.setattr("moe_runtime.runtime.open_device", lambda name: _Meta())
-    monkeypatch.setattr("moe_runtime.runtime.move_dense", lambda *_: None)
+    monkeypatch.setattr("moe_runtime.lifecycle.open_device", lambda name: _Meta())
+    monkeypatch.setattr("moe_runtime.lifecycle.move_dense", lambda *_: None)
     # grouped_mm has no meta kernel for float32.
     model = moe_runtime.attach(tiny_model().bfloat16(), expert_budget="100%", device="cuda")
     module = model.get_submodule("model.layers.2.mlp.experts")

@@ -533,7 +533,7 @@ class FirstOnes(Hosting):
 @pytest.mark.parametrize("longest", ["link", "device", "host"])
 def test_link_host_and_device_work_at_once(monkeypatch: pytest.MonkeyPatch, longest: str) -> None:
     timeline = Timeline()
-    monkeypatch.setattr("moe_runtime.runtime.open_device", lambda name: timeline)
+    monkeypatch.setattr("moe_runtime.lifecycle.open_device", lambda name: timeline)
     model, runtime = attached("20%")  # 12 slots
     slots = runtime.executor.slots
     contributions = slot_layers.contributions

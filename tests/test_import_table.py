@@ -38,6 +38,7 @@ kernels.*         | kernels.*                              | torch numpy triton
 config            |                                        |
 memory            |                                        | torch psutil
 device            |                                        | torch
+ending            |                                        |
 hardware.*        | memory hardware.*                      | torch numpy psutil pynvml
 places            | hardware.*                             | numpy
 expert_modules    |                                        | torch
@@ -93,8 +94,8 @@ cache_baselines   | eviction predictors.* prefetch_planner timed_result timed_si
                     virtual_link                           | numpy
 host_experts      | kernels.*                              | torch
 hosting           | hardware.* places                      |
-slot_layers       | kernels.* cache device host_experts hosting loader prefetch routing \
-                    slot_transfers slots                   | torch
+slot_layers       | kernels.* cache device ending host_experts hosting loader prefetch \
+                    routing slot_transfers slots                  | torch
 executor          | kernels.* model_spec access cache device eager loader prefetch profiler \
                     routing rows slot_layers slot_transfers slots steps | torch numpy transformers
 interface         | executor                               | torch transformers
@@ -125,7 +126,10 @@ pinning           | placement.plan model_spec cache executor | numpy
 report.*          | profiler placement.plan predictors.evaluation steering.files \
                     steering.identification steering.evaluation steering.cost report.* \
                                                            | numpy jinja2 matplotlib
-runtime           | ABOVE                                  | torch numpy transformers psutil
+inspection        | model_spec loading checkpoint safetensors_index |
+assembly          | ABOVE                                  | torch transformers
+runtime           | ABOVE                                  | torch transformers
+lifecycle         | ABOVE                                  | torch transformers
 steering.picture  | steering.identification                | numpy matplotlib
 steering.tasks    |                                        |
 steering.statistics |                                      | numpy

@@ -28,8 +28,8 @@ from moe_runtime.errors import (
     UnsupportedModelError,
 )
 from moe_runtime.eviction import POLICY_NAMES
+from moe_runtime.inspection import inspect_checkpoint
 from moe_runtime.model_spec import read_spec
-from moe_runtime.runtime import inspect_checkpoint
 from running import FailAt
 
 SHARD_SIZE = "60KB"

@@ -16,7 +16,7 @@ from moe_runtime.parallel import Link, run_ranks
 from moe_runtime.parallel.agreement import require_same, together
 from moe_runtime.parallel.footprint import Footprint, cache_bytes, require_memory
 from moe_runtime.parallel.launch import TERMINATED, process_group
-from parallel_ranks import two_ranks
+from parallel_ranks import some_ranks, two_ranks
 from rank_program import main
 from tiny import tiny_config
 
@@ -25,17 +25,34 @@ SLACK = 10.0  # seconds that a busy machine may add
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])  # rank 0 keeps the store
 def test_a_rank_that_dies_is_an_error_on_the_others_long_before_the_timeout(
-    tmp_path: Path,
+    tmp_path: Path, rank: int
 ) -> None:
-    with two_ranks(main, "exchange", 60.0, tmp_path) as (well, lost):
-        for one in (well, lost):
+    with two_ranks(main, "exchange", 60.0, tmp_path) as both:
+        for one in both:
             one.wait_for("ready")
+        lost, well = both[rank], both[1 - rank]
         lost.send(signal.SIGKILL)
         code, errors = well.ended(SLACK)
         assert code == 1
-        assert "error: rank 0: move of layer 0 did not come to an end within 60 s" in errors
+        assert (
+            f"error: rank {1 - rank}: move of layer 0 did not come to an end within 60 s" in errors
+        )
         assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_of_a_lost_rank_the_others_do_not_blame_each_other(tmp_path: Path) -> None:
+    with some_ranks(3, main, "exchange", 60.0, tmp_path) as ranks:
+        for one in ranks:
+            one.wait_for("ready")
+        ranks[2].send(signal.SIGKILL)
+        for rank in (0, 1):
+            code, errors = ranks[rank].ended(SLACK)
+            assert code == 1
+            assert f"error: rank {rank}: move of layer 0 did not come to an end" in errors
+            assert "failed:" not in errors
 
 
 @pytest.mark.slow
@@ -72,13 +89,17 @@ def test_a_failure_of_one_rank_is_told_on_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_rank_exits_with_130_and_ends_the_others(tmp_path: Path) -> None:
-    with two_ranks(main, "exchange", 60.0, tmp_path) as (well, pressed):
-        for one in (well, pressed):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interrupted_rank_exits_with_130_and_ends_the_others(tmp_path: Path, rank: int) -> None:
+    with two_ranks(main, "exchange", 60.0, tmp_path) as both:
+        for one in both:
             one.wait_for("ready")
+        pressed, well = both[rank], both[1 - rank]
         pressed.send(signal.SIGINT)
         assert pressed.ended()[0] == 130
-        assert well.ended(SLACK)[0] == 1
+        code, errors = well.ended(SLACK)
+        assert code == 1
+        assert f"rank {rank} failed: KeyboardInterrupt" in errors
 
 
 def test_sigterm_is_answered_while_waiting_for_others(tmp_path: Path) -> None:

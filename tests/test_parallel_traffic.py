@@ -11,6 +11,7 @@ from moe_runtime.placement.baselines import random_placement
 from moe_runtime.placement.decode_steps import first_choices, recorded_steps, starts_of
 from moe_runtime.placement.messages import MODES, MessageSizes
 from moe_runtime.placement.plan import LayerPlan, Plan
+from moe_runtime.placement.prefill_traffic import recorded_prefill, replay_prefill
 from moe_runtime.placement.step_traffic import replay
 from moe_runtime.placement.topology import Topology
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,6 +92,78 @@ def test_the_engine_sends_what_the_model_says(top_k: int, ranks: int, replicas: 
         starts = starts_of(placement, plan.topology, trace, steps, by_token=False)
         told = replay(placement, plan.topology, trace, steps, sizes, mode, starts)
         _compare(run, told, ranks, mode)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "ranks", "replicas", "batch_size", "new_tokens"),
+    [(1, 2, False, None, 2), (4, 3, True, 4, 2), (4, 2, False, None, 1)],
+)
+def test_the_engines_prefill_sends_what_the_model_says(
+    top_k: int, ranks: int, replicas: bool, batch_size: int | None, new_tokens: int
+) -> None:
+    each = models(top_k, ranks)
+    config = each[0].config
+    plan = plan_of(config, ranks, replicas=replicas)
+    sizes = MessageSizes.of(
+        hidden=config.hidden_size,
+        keys_values=2 * config.num_key_value_heads * config.head_dim,
+        layers=config.num_hidden_layers,
+        top_k=top_k,
+        itemsize=4,
+        experts=config.num_experts,
+        rows=len(PROMPTS),
+    )
+    for mode in MODES:
+
+        def work(link: Any, mode: str = mode) -> ParallelRun:
+            return generate(
+                each[link.rank],
+                PROMPTS,
+                plan=plan,
+                mode=mode,
+                link=link,
+                batch_size=batch_size,
+                max_new_tokens=new_tokens,
+                stop_tokens=(),
+                check="off",
+            )
+
+        run = run_ranks(work, ranks)[0]
+        assert run.routing is not None
+        trace = run.routing.prefill()
+        calls = recorded_prefill(trace)
+        assert calls.count == -(-len(PROMPTS) // (batch_size or len(PROMPTS)))
+        told = replay_prefill(
+            plan.matrices(),
+            plan.topology,
+            trace,
+            calls,
+            sizes,
+            mode,
+            steps_follow=new_tokens > 1,
+        )
+        expected = told.totals()
+        frames, sent = 0, {}
+        for entry in run.traffic:
+            if entry.kind.startswith("prefill."):
+                sent.setdefault(entry.kind.removeprefix("prefill."), {})[entry.layer or 0] = entry
+                frames += entry.frame_bytes
+        assert frames == sum(expected.pop("frames")) + expected.pop("end_frames")[0]
+        assert sum(e.calls for kind in sent.values() for e in kind.values()) == told.present.sum()
+        assert set(sent) == set(expected)
+        for kind, layers in expected.items():
+            assert [sent[kind][at].bytes for at in range(len(layers))] == layers, kind
+        assert sum(expected["dispatch"]) > 0
+        # The run itself says the same, beside what it has counted.
+        foretold = run.predicted["prefill"]
+        assert foretold["bytes"] == {
+            f"prefill.{kind}": sum(layers) for kind, layers in expected.items()
+        }
+        assert foretold["frame_bytes"] == frames
+        assert foretold["cross_bytes"] == sum(
+            e.cross_bytes for kind in sent.values() for e in kind.values()
+        )
+        assert foretold["calls"] == told.present.sum()
 
 
 def _compare(run: ParallelRun, told: Any, ranks: int, mode: str) -> None:

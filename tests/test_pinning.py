@@ -230,7 +230,7 @@ def test_plans_that_do_not_fit_are_refused_before_weights_are_loaded(
     def never(*_: object) -> None:
         raise AssertionError("weights are being loaded")
 
-    monkeypatch.setattr("moe_runtime.runtime.load_without_experts", never)
+    monkeypatch.setattr("moe_runtime.lifecycle.load_without_experts", never)
     with pytest.raises(PlanError, match=message):
         load(path, "50%", plan=plan)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from moe_runtime.placement.cost import measure
 from moe_runtime.placement.groups import experts_of_groups, grouped_problem, in_groups
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.problem import Problem
-from moe_runtime.placement.solve import SolveOptions, make_plan
+from moe_runtime.placement.solve import make_plan
 from moe_runtime.placement.topology import Topology
 
 from moe_runtime.errors import PlanError

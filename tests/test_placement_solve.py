@@ -10,10 +10,11 @@ from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.baselines import baselines
 from moe_runtime.placement.cost import measure
 from moe_runtime.placement.eplb import eplb
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.problem import Objective, Problem
 from moe_runtime.placement.replicas import imbalance
-from moe_runtime.placement.solve import SolveOptions, make_plan, split_holdout
+from moe_runtime.placement.solve import make_plan, split_holdout
 from moe_runtime.placement.topology import Topology
 
 from moe_runtime.errors import PlanError

@@ -53,6 +53,26 @@ def test_with_one_expert_a_token_the_plan_foretold_what_moved(data: dict[str, An
         assert f"<td>{kind}</td>" in page
 
 
+def test_prefill_is_foretold_to_the_byte_and_timed_beside_the_least_wait(
+    data: dict[str, Any],
+) -> None:
+    def line(of: dict[str, Any], name: str) -> list[str]:
+        found = [one for one in str(ParallelReport(of)).splitlines() if name in one]
+        return found[0].split(name)[1].rsplit(maxsplit=4) if found else []
+
+    bytes_line = line(data, "Bytes between ranks in prefill")
+    assert bytes_line[-4:-2] == bytes_line[-2:]
+    assert line(data, "Prefill on the links") == []  # nothing is known of them
+    data["predicted"]["prefill"] |= {"seconds": 0.25}
+    data["prefill_wait_seconds"] = [0.5, 0.75]
+    assert line(data, "Prefill on the links")[-4:] == ["250.0", "ms", "500.0", "ms"]
+    for damaged in ([], {"cross_bytes": "many", "seconds": None}):
+        data["predicted"]["prefill"] = damaged
+        assert line(data, "Prefill on the links") == line(data, "Bytes between ranks") == []
+    del data["prefill_wait_seconds"]  # of older files
+    ParallelReport(data).to_html()
+
+
 def test_a_file_is_read_and_rendered(data: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "x.parallel-run.json"
     path.write_text(json.dumps(data))

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.flows import device_flows, flow_summary
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.plan import LayerPlan, Plan
 from moe_runtime.placement.problem import Problem
-from moe_runtime.placement.solve import SolveOptions, make_plan
+from moe_runtime.placement.solve import make_plan
 from moe_runtime.placement.topology import Topology
 from typer.testing import CliRunner
 

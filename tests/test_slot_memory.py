@@ -315,7 +315,7 @@ def test_a_model_that_cannot_be_attached_is_as_before(
     expected = outputs(model)
     limited(monkeypatch, allocate=1000)
     moved: list[torch.device] = []
-    move = moe_runtime.runtime.move_dense
+    move = moe_runtime.lifecycle.move_dense
 
     def full(model: Any, spec: MoESpec, device: torch.device) -> None:
         moved.append(device)
@@ -323,7 +323,7 @@ def test_a_model_that_cannot_be_attached_is_as_before(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         move(model, spec, device)
 
-    monkeypatch.setattr("moe_runtime.runtime.move_dense", full)
+    monkeypatch.setattr("moe_runtime.lifecycle.move_dense", full)
     hint = "weights other than experts take" if where == "dense" else "4 slots of"
     with pytest.raises(BudgetError, match=hint):
         moe_runtime.attach(model, expert_budget="100%", device="cuda")

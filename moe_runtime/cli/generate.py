@@ -26,6 +26,7 @@ from moe_runtime.cli.options import (
     JsonOption,
     LocalOption,
     ModelArgument,
+    PageOption,
     PlanOption,
     PolicyOption,
     ReaderThreadsOption,
@@ -40,6 +41,7 @@ from moe_runtime.cli.room import AskedRoom, budget_line
 from moe_runtime.cli.session import emit_json, quiet_libraries, session
 from moe_runtime.corpus import read_corpus
 from moe_runtime.parallel import ParallelOptions
+from moe_runtime.placement.links import Link, Links
 from moe_runtime.report import Report
 
 __all__ = ["generate"]
@@ -124,6 +126,15 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
             "--timeout", help="With --expert-parallel: seconds to wait for a rank that hangs."
         ),
     ] = 120.0,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            "--link",
+            metavar="RATE[,LATENCY]",
+            help="With --expert-parallel: what the links between ranks give, as 1Gbit,0.2ms, for "
+            "the time that prefill is foretold to take; else as the plan says.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many tokens.")
     ] = 64,
@@ -154,6 +165,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
         # The second name is for torchrun, which takes --run for an option of its own.
         typer.Option("--run", "--run-file", metavar="RUN.json", help="Write the run file here."),
     ] = None,
+    report: PageOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -171,7 +183,7 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
     if prompts is None:
         _refuse_given(context, _MANY, "goes with --prompts")
     if expert_parallel is None:
-        _refuse_given(context, ("timeout",), "goes with --expert-parallel")
+        _refuse_given(context, ("timeout", "link"), "goes with --expert-parallel")
     else:
         _refuse_given(context, _ONE_PROCESS, "does not go with --expert-parallel")
         if str(prompts) == "-":
@@ -196,12 +208,14 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
                         temperature=temperature,
                         seed=seed,
                         batch_size=batch_size,
+                        links=None if link is None else Links(near=Link.parse(link)),
                     ),
                     plan=plan,
                     timeout=timeout,
                     chat=chat,
                     out=None if out is None else outcome_place(out),
                     run=None if run is None else outcome_place(run),
+                    report=None if report is None else outcome_place(report),
                 ),
                 hub=hub,
                 as_json=as_json,
@@ -243,13 +257,15 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
                 runtime=runtime,
                 out=None if out is None else outcome_place(out),
                 run=None if run is None else outcome_place(run),
+                page=None if report is None else outcome_place(report),
                 as_json=as_json,
             )
             return
         runtime["predictor"] = predictor
         text = prompt if prompt is not None else _read_prompt(prompt_file)
         place = None if run is None else outcome_place(run)
-        report = _generate(
+        page = None if report is None else outcome_place(report)
+        made = _generate(
             model,
             text,
             hub,
@@ -261,22 +277,24 @@ def generate(  # noqa: PLR0913, PLR0917  the command's options
             stream=not as_json,
             debug=debug,
         )
-        if place is not None:
-            report.save(place)
+        for path in (place, page):
+            if path is not None:
+                made.save(path)
         if as_json:
-            record = report.to_dict()
+            record = made.to_dict()
             emit_json(
                 {
                     **record["generated"][0],
-                    "outcome": report.outcome,
+                    "outcome": made.outcome,
                     "budget": record["budget"],
-                    "summary": report.summary.to_dict(),
+                    "summary": made.summary.to_dict(),
                     "run": None if place is None else str(place),
+                    "report": None if page is None else str(page),
                 }
             )
         else:
-            typer.echo(report.outcome, err=True)
-            if line := budget_line(report.to_dict()):
+            typer.echo(made.outcome, err=True)
+            if line := budget_line(made.to_dict()):
                 typer.echo(line, err=True)
 
 

@@ -102,6 +102,7 @@ def show_many(
     runtime: dict[str, Any],
     out: Path | None,
     run: Path | None,
+    page: Path | None,
     as_json: bool,
 ) -> None:
     """Generate; texts go to standard output or to `out`, the summary to standard error.
@@ -114,10 +115,11 @@ def show_many(
     )
     if out is not None:
         done.save_lines(out)
-    if run is not None:
-        Report.from_run(done.record).save(run)
+    for path in (run, page):
+        if path is not None:
+            Report.from_run(done.record).save(path)
     if as_json:
-        places = {"out": out, "run_file": run}
+        places = {"out": out, "run_file": run, "report": page}
         emit_json(done.to_dict() | {k: None if v is None else str(v) for k, v in places.items()})
         return
     if out is None:

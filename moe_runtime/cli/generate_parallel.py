@@ -24,6 +24,8 @@ from moe_runtime.parallel import ParallelOptions, ParallelRun, generate
 from moe_runtime.parallel.agreement import together
 from moe_runtime.parallel.launch import die_with_parent, process_group, say_when_terminated
 from moe_runtime.placement.plan import Plan
+from moe_runtime.report import ParallelReport
+from moe_runtime.report.summary import duration
 
 __all__ = ["ParallelCommand", "run_rank", "summary"]
 
@@ -39,6 +41,7 @@ class ParallelCommand:
         chat: put prompts into the model's chat template.
         out: where texts go as JSON lines; None for standard output.
         run: where the run file goes; None for none.
+        report: where the page goes, the same as `moe-runtime report` makes; None for none.
     """
 
     options: ParallelOptions
@@ -47,6 +50,7 @@ class ParallelCommand:
     chat: bool = False
     out: Path | None = None
     run: Path | None = None
+    report: Path | None = None
 
 
 def run_rank(
@@ -68,7 +72,7 @@ def run_rank(
     with say_when_terminated(), process_group(timeout=command.timeout) as link:
         first = link.rank == 0
         # Errors of the run are told by the inner session: in JSON by rank 0 alone.
-        with session(as_json=as_json and first, debug=debug):
+        with session(as_json=as_json and first, debug=debug), link.telling():
             plan = together(link, "reading the plan", lambda: _plan(command.plan))
             tokenizer, prompts = together(
                 link, "reading the prompts", lambda: _tokens(model, documents, hub, command.chat)
@@ -134,10 +138,12 @@ def _show(
         write_text(command.out, "\n".join(lines) + "\n")
     if command.run is not None:
         run.save(command.run)
+    if command.report is not None:
+        ParallelReport(run.to_dict()).save(command.report)
     if as_json:
         plain = run.to_dict()
         del plain["outputs"]
-        places = {"out": command.out, "run_file": command.run}
+        places = {"out": command.out, "run_file": command.run, "report": command.report}
         emit_json(
             {"generated": generated, "run": plain}
             | {name: None if path is None else str(path) for name, path in places.items()}
@@ -176,9 +182,21 @@ def summary(run: ParallelRun) -> list[str]:
         foretold = run.predicted.get("heaviest_crossing")
         beside = "" if foretold is None else f" (the plan: {100 * (1 - foretold):.1f} %)"
         lines.append(f"rows that stayed where they were: {100 * run.stayed_share:.1f} %{beside}")
+    if line := _prefill(run):
+        lines.append(line)
     if run.cache_bytes:
         cache = ", ".join(format_bytes(one) for one in run.cache_bytes)
         lines.append(f"keys and values by rank at most: {cache}")
     idle = ", ".join(f"{one:.1f} s" for one in run.idle_seconds)
     lines.append(f"waiting for other ranks, by rank: {idle}")
     return lines
+
+
+def _prefill(run: ParallelRun) -> str:
+    """What prefill took, and what links were foretold to take of it."""
+    if not run.prefill_wait_seconds:
+        return ""
+    least = duration(min(run.prefill_wait_seconds))
+    line = f"prefill: {duration(run.prefill_seconds)}, of it {least} or more spent waiting"
+    foretold = run.predicted.get("prefill", {}).get("seconds")
+    return line if foretold is None else f"{line}; foretold on the links: {duration(foretold)}"

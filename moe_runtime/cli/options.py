@@ -27,6 +27,7 @@ __all__ = [
     "MaxBatchOption",
     "MaxLengthOption",
     "ModelArgument",
+    "PageOption",
     "PlanOption",
     "PolicyOption",
     "ReaderThreadsOption",
@@ -151,6 +152,24 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _page(path: Path | None) -> Path | None:
+    """Refused before the work is done, not after it."""
+    if path is not None and path.suffix != ".html":
+        raise typer.BadParameter(f"{str(path)!r}: a page is written as .html; choose such a name")
+    return path
+
+
+PageOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="X.html",
+        callback=_page,
+        help="Write the run's page too, as `moe-runtime report` makes it.",
+    ),
+]
 
 
 def hub_options(

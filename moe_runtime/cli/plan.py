@@ -21,13 +21,15 @@ from moe_runtime.cli.step_time import (
     ComputeOption,
     LinkOption,
     NodeLinkOption,
+    PromptTokensOption,
     ServingOptions,
     WidthsOption,
 )
 from moe_runtime.core import parse_bytes
 from moe_runtime.errors import ConfigError
 from moe_runtime.placement.messages import MODES
-from moe_runtime.placement.solve import METHODS
+from moe_runtime.placement.methods import METHODS
+from moe_runtime.placement.timed_plan import PROMPT_TOKENS
 
 __all__ = ["plan"]
 
@@ -100,6 +102,7 @@ def make_command(  # noqa: PLR0913, PLR0917  the command's options
     link: LinkOption = None,
     node_link: NodeLinkOption = None,
     batch: BatchOption = 32,
+    prompt_tokens: PromptTokensOption = PROMPT_TOKENS,
     widths: WidthsOption = None,
     compute_ms: ComputeOption = 0.0,
     load_cap: Annotated[
@@ -241,6 +244,7 @@ def make_command(  # noqa: PLR0913, PLR0917  the command's options
                 link=link,
                 node_link=node_link,
                 batch=batch,
+                prompt_tokens=prompt_tokens,
                 widths=widths,
                 compute_ms=compute_ms,
                 model=model,

@@ -18,6 +18,7 @@ from moe_runtime.cli.step_time import (
     ComputeOption,
     LinkOption,
     NodeLinkOption,
+    PromptTokensOption,
     ServingOptions,
     WidthsOption,
     serving_of,
@@ -28,7 +29,7 @@ from moe_runtime.placement.cost import measure
 from moe_runtime.placement.messages import MODES
 from moe_runtime.placement.plan import BoolArray, Plan
 from moe_runtime.placement.recordings import Recording, read_recordings
-from moe_runtime.placement.timed_plan import predict_modes
+from moe_runtime.placement.timed_plan import PROMPT_TOKENS, predicted_times
 from moe_runtime.placement.topology import Topology
 from moe_runtime.report.summary import NONE
 
@@ -57,6 +58,7 @@ def compare_command(
     link: LinkOption = None,
     node_link: NodeLinkOption = None,
     batch: BatchOption = 32,
+    prompt_tokens: PromptTokensOption = PROMPT_TOKENS,
     widths: WidthsOption = None,
     compute_ms: ComputeOption = 0.0,
     model: Annotated[
@@ -68,7 +70,8 @@ def compare_command(
     """Measure plans on a trace, beside contiguous placement on the same devices.
 
     The trace should be one that none of the plans was made from. With --link, and --model or
-    --widths, each plan's decode step is timed in both modes of expert parallelism too.
+    --widths, each plan's decode step is timed in both modes of expert parallelism too; with --json
+    so is the prefill before it.
 
     Example:  [bold]moe-runtime plan compare a.plan.json b.plan.json
     --trace other.trace.safetensors[/bold]
@@ -83,6 +86,7 @@ def compare_command(
             link=link,
             node_link=node_link,
             batch=batch,
+            prompt_tokens=prompt_tokens,
             widths=widths,
             compute_ms=compute_ms,
             model=model,
@@ -113,7 +117,7 @@ def _measured(
         row = {"plan": name, "devices": topology.devices, **metrics.to_dict()}
         if asked.given:
             serving = serving_of(asked, topology, recording)
-            row["step_time"] = predict_modes(placement, topology, recording, serving).to_dict()
+            row["step_time"] = predicted_times(placement, topology, recording, serving)
         rows.append(row)
     return rows
 

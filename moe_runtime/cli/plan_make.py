@@ -18,11 +18,12 @@ from moe_runtime.cli.step_time import ServingOptions, serving_of
 from moe_runtime.errors import PlanError, TraceError
 from moe_runtime.placement.affinity import shuffled
 from moe_runtime.placement.groups import experts_of_groups, grouped_problem, in_groups
+from moe_runtime.placement.methods import SolveOptions
 from moe_runtime.placement.plan import Plan
 from moe_runtime.placement.problem import Objective, Problem
 from moe_runtime.placement.recordings import Recording, in_phase, read_recordings
 from moe_runtime.placement.residency import apply_tiers, count_uses
-from moe_runtime.placement.solve import SolveOptions, make_plan, split_holdout
+from moe_runtime.placement.solve import make_plan, split_holdout
 from moe_runtime.placement.timed_plan import Serving, make_timed_plan, timed_metrics
 from moe_runtime.placement.topology import Topology
 from moe_runtime.routing_counts import RoutingCounts

@@ -25,6 +25,7 @@ from moe_runtime.report import (
     SimulationReport,
     SteeringReport,
 )
+from moe_runtime.report.base import FactsReport
 
 __all__ = ["report"]
 
@@ -75,32 +76,12 @@ def report(
             raise typer.BadParameter(f"--trace goes with a plan, and this is {_a(kind)} file")
         if beside and kind not in STEERING:
             raise typer.BadParameter(f"--with goes with a file of steering, and this is {_a(kind)}")
-        loaded: (
-            Report
-            | ParallelReport
-            | PlanReport
-            | EvaluationReport
-            | SimulationReport
-            | SteeringReport
+        loaded = _load(kind, run, trace, beside or [])
+        summary = (
+            loaded.facts()
+            if isinstance(loaded, FactsReport)
+            else loaded.summary.to_dict() | {"prediction": loaded.prediction}
         )
-        if kind in STEERING:
-            loaded = SteeringReport.load(run, *(beside or ()))
-            summary = loaded.facts()
-        elif kind == PLAN:
-            loaded = _plan_report(run, trace)
-            summary = loaded.facts()
-        elif kind == PARALLEL:
-            loaded = ParallelReport.load(run)
-            summary = loaded.facts()
-        elif kind == EVALUATION:
-            loaded = EvaluationReport.load(run)
-            summary = loaded.facts()
-        elif kind == SIMULATION:
-            loaded = SimulationReport.load(run)
-            summary = loaded.facts()
-        else:
-            loaded = Report.load(run)
-            summary = loaded.summary.to_dict() | {"prediction": loaded.prediction}
         saved = loaded.save(outcome_place(out)) if out is not None else None
         if as_json:
             emit_json(
@@ -114,6 +95,20 @@ def report(
             typer.echo(f"{loaded.outcome}\nwrote {saved}")
         else:
             typer.echo(str(loaded))
+
+
+def _load(kind: str, path: Path, trace: Path | None, beside: list[Path]) -> Report | FactsReport:
+    if kind in STEERING:
+        return SteeringReport.load(path, *beside)
+    if kind == PLAN:
+        return _plan_report(path, trace)
+    if kind == PARALLEL:
+        return ParallelReport.load(path)
+    if kind == EVALUATION:
+        return EvaluationReport.load(path)
+    if kind == SIMULATION:
+        return SimulationReport.load(path)
+    return Report.load(path)
 
 
 def _kind_of(path: Path) -> str:

@@ -16,7 +16,7 @@ from moe_runtime.placement.links import Link, Links
 from moe_runtime.placement.messages import MessageSizes
 from moe_runtime.placement.recordings import Recording
 from moe_runtime.placement.step_time import Compute
-from moe_runtime.placement.timed_plan import Serving
+from moe_runtime.placement.timed_plan import PROMPT_TOKENS, Serving
 from moe_runtime.placement.topology import Topology
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ComputeOption",
     "LinkOption",
     "NodeLinkOption",
+    "PromptTokensOption",
     "ServingOptions",
     "WidthsOption",
     "serving_of",
@@ -43,6 +44,12 @@ NodeLinkOption = Annotated[
 ]
 BatchOption = Annotated[
     int, typer.Option("--batch", min=1, help="Sequences a decode step, for step times.")
+]
+PromptTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--prompt-tokens", min=1, help="Tokens of each sequence's prompt, for the time of prefill."
+    ),
 ]
 WidthsOption = Annotated[
     str | None,
@@ -69,6 +76,7 @@ class ServingOptions:
     widths: str | None
     compute_ms: float
     model: str | None
+    prompt_tokens: int = PROMPT_TOKENS
 
     @property
     def given(self) -> bool:
@@ -117,6 +125,7 @@ def serving_of(options: ServingOptions, topology: Topology, recording: Recording
             rows=options.batch,
         ),
         links=links,
+        prompt_tokens=options.prompt_tokens,
         compute=Compute(step=options.compute_ms * 1e-3),
     )
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from moe_runtime.errors import MoERuntimeError, ParallelError
+from moe_runtime.errors import ParallelError
 from moe_runtime.parallel.link import Link
 
 __all__ = ["require_same", "together"]
@@ -38,39 +38,46 @@ def require_same(link: Link, facts: Mapping[str, Any]) -> None:
             told = "; ".join(f"{_ranks(ranks)}: {value:.200}" for value, ranks in groups.items())
             faults.append(f"{name} ({told})")
     if faults:
-        raise ParallelError(
-            f"the ranks differ in {', '.join(faults)}; give every rank the same checkpoint, plan, "
-            "release and options"
+        raise link.agreed(
+            ParallelError(
+                f"the ranks differ in {', '.join(faults)}; give every rank the same checkpoint, "
+                "plan, release and options"
+            )
         )
 
 
 def together(link: Link, what: str, work: Callable[[], _Result]) -> _Result:
-    """Do something that may fail on one rank alone; if it does, all fail at once.
+    """Do something that may fail on one rank alone; if it does, all fail at once, and the link
+    stays of use.
 
     Args:
         what: in words, for the error: "loading its experts".
 
     Raises:
         ParallelError: on ranks that were well, names those that were not and their reasons.
-        MoERuntimeError, OSError, ValueError, MemoryError: on a rank that failed, its own error.
+        Exception: on a rank that failed, its own error.
     """
     error: Exception | None = None
     result: _Result | None = None
     try:
         result = work()
-    except (MoERuntimeError, OSError, ValueError, MemoryError) as caught:
+    except Exception as caught:
+        if link.over:  # nothing can be agreed on
+            raise
         error = caught
     told = link.agree(what, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
-        raise error
+        raise link.agreed(error)
     failed = {rank: text for rank, text in enumerate(told) if text is not None}
     if failed:
         reasons: dict[str, list[int]] = {}
         for rank, text in failed.items():
             reasons.setdefault(text, []).append(rank)
-        raise ParallelError(
-            f"rank {link.rank} stops, because {what} failed elsewhere: "
-            + "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in reasons.items())
+        raise link.agreed(
+            ParallelError(
+                f"rank {link.rank} stops, because {what} failed elsewhere: "
+                + "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in reasons.items())
+            )
         )
     return result  # type: ignore[return-value]
 

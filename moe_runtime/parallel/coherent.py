@@ -5,7 +5,7 @@ layer needs one all-to-all instead of two (ExFlow, 2401.08383, section IV, for o
 With more experts a token, those elsewhere send their part of the sum to the row's new home: a
 second all-to-all, left out in layers where no row needs it. That part is ours, not the paper's.
 
-Knows decoder layers and links; no tokens, no loop.
+Knows decoder layers and their hooks; no tokens, no loop. What is sent is `moving`'s.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from torch import nn
 
 from moe_runtime.parallel.held import HeldExperts
 from moe_runtime.parallel.link import Link
+from moe_runtime.parallel.moving import LayerRows, Mover, Stays
 from moe_runtime.parallel.sequence_cache import SequenceCache
 from moe_runtime.parallel.shares import LayerShare
 from moe_runtime.parallel.structure import DecoderLayer, first_tensor
-from moe_runtime.parallel.vanilla import Heard, VanillaLayer, id_dtype
+from moe_runtime.parallel.vanilla import Heard, VanillaLayer
 
-__all__ = ["MOVE", "PARTIAL", "CoherentDecoder", "Stays", "Step"]
-
-MOVE, PARTIAL = "move", "partial_sums"
+__all__ = ["CoherentDecoder", "Step"]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -50,19 +49,6 @@ class Step:
         as layers want one row at least.
         """
         return self.rows if len(self.rows) else self.rows.new_zeros(1)
-
-
-@dataclass(eq=False)
-class Stays:
-    """Of one layer, on one rank: rows that came through, and those that stayed where they were.
-
-    `split` are rows whose experts are on several ranks, `pieces` the partial sums sent for them.
-    """
-
-    rows: int = 0
-    stayed: int = 0
-    split: int = 0
-    pieces: int = 0
 
 
 class CoherentDecoder:
@@ -171,16 +157,23 @@ class _MovingLayer(_DenseLayer):
         held: HeldExperts,
     ) -> None:
         super().__init__(owner, number, layer)
-        self._link, self._vanilla, self._share, self._held = link, vanilla, share, held
+        self._vanilla = vanilla
+        self._mover = Mover(
+            link, share, held, normed=self._normed, shared=self._shared if layer.shared else None
+        )
         self._residual: torch.Tensor | None = None
         self._call: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._silent = False
-        self.stays = Stays()
         self.number, self.lean = number, layer.lean
+
+    @property
+    def stays(self) -> Stays:
+        """Rows that came through since counting began, and those that stayed."""
+        return self._mover.stays
 
     def forget_counts(self) -> None:
         """Begin counting anew."""
-        self.stays = Stays()
+        self._mover.stays = Stays()
 
     def install(self, stack: ExitStack) -> None:
         """Hook in, until the stack is closed."""
@@ -211,117 +204,24 @@ class _MovingLayer(_DenseLayer):
             return None
         out = first_tensor(output)
         assert self._call is not None, "a MoE layer has called its experts"
-        seated = len(step.seated)
-        residual = None if self._residual is None else self._residual.reshape(seated, -1)
-        moved = self._moved(step, out.reshape(seated, -1), residual, *self._call)
+        seated, count = len(step.seated), len(step.rows)  # 0 where the row was computed in vain
+        hidden, ids, weights = (one[:count] for one in self._call)
+        residual = self._residual
+        self._tell(step.rows, ids, weights)
+        step.rows, moved = self._mover.move(
+            LayerRows(
+                batch=step.batch,
+                whose=step.rows,
+                out=out.reshape(seated, -1)[:count],
+                residual=None if residual is None else residual.reshape(seated, -1)[:count],
+                hidden=hidden,
+                ids=ids,
+                weights=weights,
+            )
+        )
         self._call = self._residual = None
         moved = moved[:, None] if len(moved) else out.new_zeros(1, *out.shape[1:])
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
-    # -- moving ----------------------------------------------------------------------------------
-
-    def _moved(
-        self,
-        step: Step,
-        out: torch.Tensor,
-        residual: torch.Tensor | None,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """The rows that live here from now on, `[n, D]`; `step.rows` says whose they are.
-
-        Args:
-            out: the layer's output without its routed experts.
-            residual: what went into the norm before the experts; None where it is unknown.
-            hidden, ids, weights: the experts' call.
-        """
-        share, here = self._share, self._link.rank
-        count = len(step.rows)  # 0 where the only row was computed in vain
-        out, hidden, ids, weights = (one[:count] for one in (out, hidden, ids, weights))
-        whose = step.rows
-        self._tell(whose, ids, weights)
-        source = torch.full_like(whose, here)
-        home = share.homes(source, ids, weights)
-        computing = share.computing(source, ids, home)
-        carried = [out, hidden] if residual is None else [residual[:count]]
-        arrived, from_ = self._send(step, carried, home, computing, ids, weights)
-        *vectors, narrow_whose, narrow_ids, their_weights = arrived.rows
-        their_ids, theirs = narrow_ids.long(), narrow_whose.long()
-        their_home = share.homes(from_, their_ids, their_weights)
-        their_computing = share.computing(from_, their_ids, their_home)
-        their_hidden = vectors[1] if residual is None else self._normed(vectors[0])
-        sums = self._held.partial_sums(
-            torch.cat([hidden, their_hidden]),
-            torch.cat([ids, their_ids]),
-            torch.cat([weights, their_weights]),
-            torch.cat([computing, their_computing]) == here,
-        )
-        own, others = sums[:count], sums[count:]
-        stay, come = home == here, their_home == here
-        base = vectors[0][come]
-        if residual is not None and self._layer.shared and len(base):
-            base = base + self._shared(their_hidden[come])
-        result = torch.cat([out[stay] + own[stay], base + others[come]])
-        now = torch.cat([whose[stay], theirs[come]])
-        if any(arrived.notes):
-            part = ((computing == here).any(1)) & ~stay
-            pieces = torch.cat([own[part], others[~come]])
-            self._add_pieces(
-                step,
-                result,
-                now,
-                pieces,
-                torch.cat([whose[part], theirs[~come]]),
-                torch.cat([home[part], their_home[~come]]),
-            )
-        self._count(whose, home, computing)
-        order = now.argsort()
-        step.rows = now[order]
-        return result[order]
-
-    def _send(
-        self,
-        step: Step,
-        carried: list[torch.Tensor],
-        home: torch.Tensor,
-        computing: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> tuple[Any, torch.Tensor]:
-        """Rows to their new homes and to the ranks that compute for them."""
-        link = self._link
-        needed = torch.zeros(len(home), link.size, dtype=torch.bool, device=home.device)
-        needed.scatter_(1, torch.cat([computing, home[:, None]], 1), value=True)
-        needed[:, link.rank] = False
-        to, rows = torch.nonzero(needed.T, as_tuple=True)
-        whose = step.rows.to(id_dtype(step.batch))
-        narrow = ids.to(id_dtype(self._share.held.shape[0]))
-        arrived = link.exchange_noted(
-            MOVE,
-            self._share.layer,
-            [one[rows] for one in (*carried, whose, narrow, weights)],
-            to,
-            note=int(bool((computing != home[:, None]).any())),
-        )
-        return arrived, arrived.source
-
-    def _add_pieces(
-        self,
-        step: Step,
-        result: torch.Tensor,
-        now: torch.Tensor,
-        pieces: torch.Tensor,
-        whose: torch.Tensor,
-        to: torch.Tensor,
-    ) -> None:
-        """Parts of sums to the homes of their rows; those that come are added to `result`."""
-        narrow = whose.to(id_dtype(step.batch))
-        self.stays.pieces += len(pieces)
-        (parts, of), _ = self._link.exchange(PARTIAL, self._share.layer, [pieces, narrow], to)
-        place = torch.full((step.batch,), -1, dtype=torch.long, device=now.device)
-        place[now] = torch.arange(len(now), device=now.device)
-        result.index_add_(0, place[of.long()], parts)
 
     def _normed(self, residual: torch.Tensor) -> torch.Tensor:
         assert self._layer.norm is not None
@@ -344,8 +244,3 @@ class _MovingLayer(_DenseLayer):
         if self._owner.heard is not None:
             assert self._layer.position is not None
             self._owner.heard(self._layer.position, whose, ids, weights)
-
-    def _count(self, whose: torch.Tensor, home: torch.Tensor, computing: torch.Tensor) -> None:
-        self.stays.rows += len(whose)
-        self.stays.stayed += int((home == self._link.rank).sum())
-        self.stays.split += int((computing != home[:, None]).any(1).sum())

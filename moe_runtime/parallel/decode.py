@@ -6,6 +6,7 @@ Knows the model's forward, sequences and links; what layers do with rows is thei
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,9 @@ class Decode:
         steps, rows: decode steps, and rows of this rank's calls in them at their beginning.
         cache_bytes: the most that keys and values took here.
         kv_row_bytes: of a token's keys and values, all layers; 0 in vanilla mode.
+        kv_forms: shapes of keys and values among the layers; 0 in vanilla mode.
+        prefill_seconds: of prefills here; of them `prefill_wait_seconds` waiting for other ranks
+            and for bytes on their way, stated latency included.
     """
 
     def __init__(
@@ -97,7 +101,8 @@ class Decode:
         self._names = frozenset(inspect.signature(model.forward).parameters)
         self._first_home: dict[int, int] = {}  # of a token; the same on all ranks
         self._real = torch.zeros(0, dtype=torch.long)
-        self.steps = self.rows = self.cache_bytes = self.kv_row_bytes = 0
+        self.steps = self.rows = self.cache_bytes = self.kv_row_bytes = self.kv_forms = 0
+        self.prefill_seconds = self.prefill_wait_seconds = 0.0
 
     def run(self, prompts: Sequence[Prompt]) -> None:
         """All of them, `batch_size` at a time."""
@@ -112,18 +117,11 @@ class Decode:
         for at, one in enumerate(batch):
             one.rank = at * self._link.size // len(batch)
         mine = [one for one in batch if one.rank == self._link.rank]
-        logits, cache = self._prefill(mine)
-        self._choose(mine, logits)
+        began, waited = time.perf_counter(), self._link.ledger.waited_seconds
+        mine, cache = self._read_prompts(batch, mine)
+        self.prefill_seconds += time.perf_counter() - began
+        self.prefill_wait_seconds += self._link.ledger.waited_seconds - waited
         moving = self._decoder is not None
-        if moving:
-            cache = self._spread(batch, mine, cache)
-        else:
-            self._share_tokens(batch, mine, PREFILL)
-            if self._options.homes == "prefill" and not all(one.done for one in batch):
-                mine, cache = self._resettle(batch, mine, cache)
-            else:
-                for added in cache.take():
-                    cache.commit(added)
         active = batch if moving else mine
         while not all(one.done for one in batch):
             left = [at for at, one in enumerate(active) if not one.done]
@@ -138,6 +136,23 @@ class Decode:
                 self._share_tokens(going, active, "")
             self.cache_bytes = max(self.cache_bytes, cache.nbytes)
             self.steps += 1
+
+    def _read_prompts(
+        self, batch: list[Prompt], mine: list[Prompt]
+    ) -> tuple[list[Prompt], SequenceCache]:
+        """Prefill, its first tokens chosen, and what it gave handed round; the prompts that this
+        rank goes on with, and the keys and values that it needs.
+        """
+        logits, cache = self._prefill(mine)
+        self._choose(mine, logits)
+        if self._decoder is not None:
+            return mine, self._spread(batch, mine, cache)
+        self._share_tokens(batch, mine, PREFILL)
+        if self._options.homes == "prefill" and not all(one.done for one in batch):
+            return self._resettle(batch, mine, cache)
+        for added in cache.take():
+            cache.commit(added)
+        return mine, cache
 
     def _prefill(self, mine: list[Prompt]) -> tuple[torch.Tensor, SequenceCache]:
         """The last token's logits `[n, V]` of this rank's prompts, and their keys and values."""
@@ -182,6 +197,7 @@ class Decode:
         for added, come in zip(taken, arrived[2:], strict=not last):
             whole.commit(_placed(added, come.rows[0], at, len(batch), longest))
         if not last:
+            self.kv_forms = len(taken)
             self.kv_row_bytes = sum(
                 one.numbers.shape[-1] * one.numbers.itemsize * len(one.layers) for one in taken
             )

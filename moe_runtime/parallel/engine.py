@@ -19,7 +19,7 @@ from moe_runtime.model_spec import MoESpec
 from moe_runtime.parallel.coherent import CoherentDecoder
 from moe_runtime.parallel.decode import Decode, Prompt
 from moe_runtime.parallel.experts_call import ExpertsHandler, handled
-from moe_runtime.parallel.foretell import foretell
+from moe_runtime.parallel.foretell import foretell, foretell_prefill, links_of, sizes_of
 from moe_runtime.parallel.held import HeldExperts
 from moe_runtime.parallel.link import Link
 from moe_runtime.parallel.options import ParallelOptions
@@ -31,6 +31,7 @@ from moe_runtime.parallel.traffic import Ledger, Traffic, add_traffic
 from moe_runtime.parallel.vanilla import VanillaLayer
 from moe_runtime.placement.plan import Plan
 from moe_runtime.token_choice import TokenChoice
+from moe_runtime.trace import RoutingTrace
 
 __all__ = ["CHECK_LIMITS", "Engine"]
 
@@ -62,6 +63,8 @@ class Engine:
     ) -> None:
         self._model, self._spec, self._plan, self._shares = model, spec, plan, shares
         self._held, self._link, self._options, self._stop = held, link, options, stop_tokens
+        links = options.links or links_of(plan)
+        self._links = None if links is None else replace(links, rounds=link.rounds)
         self._vanilla = [
             VanillaLayer(link, at, share, one)
             for at, (share, one) in enumerate(zip(shares.layers, held, strict=True))
@@ -160,9 +163,12 @@ class Engine:
         if not reason:
             return decoder, check
         if self._options.check != "fallback":
-            raise UnsupportedModelError(
-                f"coherent expert parallelism does not fit {type(self._model).__name__}: {reason} "
-                "(mode 'vanilla' works; check 'fallback' takes it by itself)"
+            raise self._link.agreed(
+                UnsupportedModelError(
+                    "coherent expert parallelism does not fit "
+                    f"{type(self._model).__name__}: {reason} (mode 'vanilla' works; check "
+                    "'fallback' takes it by itself)"
+                )
             )
         if check is None:
             check = SelfCheck(steps=0, largest=0.0, limit=0.0, passed=False, reason=reason)
@@ -245,6 +251,8 @@ class Engine:
                 "idle": ledger.idle_seconds,
                 "slept": ledger.slept_seconds,
                 "seconds": seconds,
+                "prefill": loop.prefill_seconds,
+                "prefill_wait": loop.prefill_wait_seconds,
                 "cache": loop.cache_bytes,
                 "stays": stays,
             },
@@ -275,15 +283,36 @@ class Engine:
             idle_seconds=tuple(one["idle"] for one in told),
             slept_seconds=tuple(one["slept"] for one in told),
             seconds=max(one["seconds"] for one in told),
+            prefill_seconds=max(one["prefill"] for one in told),
+            prefill_wait_seconds=tuple(one["prefill_wait"] for one in told),
             check=check,
-            predicted=self._predicted(routing),
+            predicted=self._predicted(routing, loop, mode),
             routing=routing,
         )
 
-    def _predicted(self, routing: Any) -> dict[str, Any]:
-        if routing is None or len(self._spec.layers) < 2:
+    def _predicted(self, routing: RoutingTrace | None, loop: Decode, mode: str) -> dict[str, Any]:
+        if routing is None:
             return {}
-        return foretell(self._plan, self._shares, routing.decode())
+        several = len(self._spec.layers) > 1
+        steps = foretell(self._plan, self._shares, routing.decode()) if several else {}
+        if mode == "vanilla" and self._options.homes == "prefill":
+            return steps  # what a prefill sends that deals prompts out anew is not foretold
+        prefill = foretell_prefill(
+            self._plan,
+            routing.prefill(),
+            sizes_of(
+                self._spec,
+                hidden=self._model.config.get_text_config(decoder=True).hidden_size,
+                itemsize=self._model.dtype.itemsize,
+                weight=self._vanilla[0].last[1].itemsize,
+                kv_row_bytes=loop.kv_row_bytes,
+            ),
+            mode,
+            self._links,
+            steps_follow=self._options.max_new_tokens > 1,
+            forms=loop.kv_forms,
+        )
+        return steps | {"prefill": prefill}
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], ranks: int) -> list[Sequence[int]]:

@@ -111,10 +111,11 @@ def require_memory(
         if wanted > least:
             fullest = max(range(len(ranks)), key=lambda at: needs[at].total)
             cache = sum(one.cache for one in needs)
-            raise BudgetError(
+            error = BudgetError(
                 f"{name}: {len(ranks)} ranks need {format_bytes(wanted)} ({wanted} bytes), "
                 f"{format_bytes(least)} ({least} bytes) are free; the most by rank "
                 f"{ranks[fullest]}, {needs[fullest]}. Keys and values are {format_bytes(cache)} of "
                 "it: give a smaller --batch-size or --max-new-tokens, vanilla instead of coherent "
                 "(which keeps every prompt's keys and values on every rank), or more machines"
             )
+            raise link.agreed(error)

@@ -1,21 +1,29 @@
-"""What a plan foretells of the very tokens that a run had: the share of rows that move, and ranks.
+"""What is foretold of the very tokens that a run had: the share of rows that move, ranks, and what
+prefill sends and takes on the links.
 
 Knows plans and traces; no run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from moe_runtime.model_spec import MoESpec
 from moe_runtime.parallel.shares import Shares
 from moe_runtime.placement.affinity import affinity_of
 from moe_runtime.placement.cost import crossing_of
+from moe_runtime.placement.links import Links
+from moe_runtime.placement.messages import MessageSizes
 from moe_runtime.placement.plan import Plan
+from moe_runtime.placement.prefill_traffic import recorded_prefill, replay_prefill
+from moe_runtime.placement.step_time import step_time
 from moe_runtime.trace import UNUSED, RoutingTrace
 
-__all__ = ["foretell"]
+__all__ = ["foretell", "foretell_prefill", "links_of", "sizes_of"]
 
 
 def foretell(plan: Plan, shares: Shares, decode: RoutingTrace) -> dict[str, Any]:
@@ -47,3 +55,90 @@ def foretell(plan: Plan, shares: Shares, decode: RoutingTrace) -> dict[str, Any]
         "heaviest_crossing": None if plan.has_replicas or not moves.size else float(moves.mean()),
         "distinct_ranks": None if plan.has_replicas else float(np.mean(distinct)),
     }
+
+
+def sizes_of(
+    spec: MoESpec, *, hidden: int, itemsize: int, weight: int, kv_row_bytes: int
+) -> MessageSizes:
+    """Bytes of prefill's messages.
+
+    Args:
+        hidden, itemsize: numbers of a hidden state, and bytes of one.
+        weight: bytes of a router's weight.
+        kv_row_bytes: of one token's keys and values, all layers together, as layers may differ.
+    """
+    sizes = MessageSizes.of(
+        hidden=hidden,
+        keys_values=0,
+        layers=1,
+        top_k=max(layer.top_k for layer in spec.layers),
+        itemsize=itemsize,
+        weight=weight,
+        experts=max(layer.num_experts for layer in spec.layers),
+    )
+    return replace(sizes, kept=kv_row_bytes)
+
+
+def links_of(plan: Plan) -> Links | None:
+    """The links that a plan's step times were predicted for; None if it has none.
+
+    Raises:
+        PlanError: the plan's field is damaged.
+    """
+    timed = plan.metrics.get("step_time")
+    known = timed.get("links") if isinstance(timed, Mapping) else None
+    return Links.from_dict(known) if isinstance(known, Mapping) else None
+
+
+def foretell_prefill(
+    plan: Plan,
+    prefill: RoutingTrace,
+    sizes: MessageSizes,
+    mode: str,
+    links: Links | None,
+    *,
+    steps_follow: bool,
+    forms: int,
+) -> dict[str, Any]:
+    """What prefill sends for these tokens, to the byte, and how long links take for it.
+
+    Args:
+        prefill: the run's rows of prompts.
+        links: None where nothing is known of them.
+        steps_follow: whether a prompt may get more than one new token.
+        forms: of keys and values.
+
+    Returns:
+        `bytes` by kind, all ranks together; `frame_bytes` beside them; `cross_bytes`, both
+        together; `calls`; and with links `seconds` of all calls, computing left out, of them
+        `latency_seconds`, and `links`.
+    """
+    if not len(prefill):
+        return {}
+    calls = recorded_prefill(prefill)
+    sent = replay_prefill(
+        plan.matrices(),
+        plan.topology,
+        prefill,
+        calls,
+        sizes,
+        mode,
+        steps_follow=steps_follow,
+        forms=forms,
+    )
+    totals = {kind: sum(layers) for kind, layers in sent.totals().items()}
+    frames = totals.pop("frames") + totals.pop("end_frames")
+    found: dict[str, Any] = {
+        "bytes": {f"prefill.{kind}": nbytes for kind, nbytes in totals.items()},
+        "frame_bytes": frames,
+        "cross_bytes": sum(totals.values()) + frames,
+        "calls": int(sent.present.sum()),
+    }
+    if links is not None:
+        time = step_time(sent, links, plan.topology)
+        found |= {
+            "seconds": time.seconds * calls.count,
+            "latency_seconds": time.latency_seconds * calls.count,
+            "links": links.to_dict(),
+        }
+    return found

@@ -13,11 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_runtime.errors import ConfigError
+from moe_runtime.parallel.agreement import together
 from moe_runtime.parallel.engine import Engine
 from moe_runtime.parallel.group_link import GroupLink
 from moe_runtime.parallel.link import Link
 from moe_runtime.parallel.options import ParallelOptions
-from moe_runtime.parallel.ready import ready_checkpoint, ready_model
+from moe_runtime.parallel.ready import ReadyModel, ready_checkpoint, ready_model
 from moe_runtime.parallel.run import ParallelRun
 from moe_runtime.placement.plan import Plan
 from moe_runtime.prompt_state import check_prompts
@@ -70,31 +71,46 @@ def generate(
         PlanError: a plan for another model or number of ranks.
         UnsupportedModelError: experts that are modules of their own; with check `"stop"` a model
             that coherence does not fit.
-        ParallelError: a rank failed or was late, or ranks were given different things.
+        ParallelError: another rank failed (at once, in that one's words), was lost or late, or
+            ranks were given different things. After an error that not all ranks have raised by
+            themselves the link and its process group are of no use any more, and say so.
     """
-    if options is None:
-        options = ParallelOptions(mode=mode, **settings)
-    elif settings:
-        raise ConfigError(f"give options or {', '.join(settings)}, not both")
     if link is None:
         link = GroupLink()
+    with link.telling():
+        if options is None:
+            options = ParallelOptions(mode=mode, **settings)
+        elif settings:
+            raise ConfigError(f"give options or {', '.join(settings)}, not both")
+        ready, given = _ready(model, prompts, plan, options, link, experts, loading)
+        engine = Engine(
+            ready.model,
+            ready.spec,
+            ready.plan,
+            ready.shares,
+            ready.held,
+            link,
+            options,
+            _stop_tokens(ready.model, options.stop_tokens),
+        )
+        return engine.run(given, keep)
+
+
+def _ready(
+    model: PreTrainedModel | str | os.PathLike[str],
+    prompts: Sequence[Sequence[int]],
+    plan: Plan | None,
+    options: ParallelOptions,
+    link: Link,
+    experts: Mapping[int, Mapping[str, torch.Tensor]] | None,
+    loading: Mapping[str, Any] | None,
+) -> tuple[ReadyModel, list[list[int]]]:
+    """The model with this rank's experts, and the prompts, looked at on all ranks."""
     if isinstance(model, PreTrainedModel):
-        given = _checked(model, prompts)
-        ready = ready_model(model, given, plan, options, link, experts)
-    else:
-        ready = ready_checkpoint(os.fspath(model), prompts, plan, options, link, loading or {})
-        given = _checked(ready.model, prompts)
-    engine = Engine(
-        ready.model,
-        ready.spec,
-        ready.plan,
-        ready.shares,
-        ready.held,
-        link,
-        options,
-        _stop_tokens(ready.model, options.stop_tokens),
-    )
-    return engine.run(given, keep)
+        given = together(link, "checking the prompts", lambda: _checked(model, prompts))
+        return ready_model(model, given, plan, options, link, experts), given
+    ready = ready_checkpoint(os.fspath(model), prompts, plan, options, link, loading or {})
+    return ready, together(link, "checking the prompts", lambda: _checked(ready.model, prompts))
 
 
 def _checked(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

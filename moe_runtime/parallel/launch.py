@@ -39,7 +39,8 @@ def process_group(
     """Join the process group that torchrun describes: NCCL where GPUs are, else gloo.
 
     Args:
-        timeout: seconds; a rank that is dead is noticed at once, one that hangs after these.
+        timeout: seconds; a rank that fails or is dead is noticed at once, one that hangs after
+            these.
         latency: as `Link` takes it.
         example: the command to start ranks with, for the error.
 
@@ -64,10 +65,15 @@ def process_group(
             f"the ranks did not come together within {timeout:g} s: one did not start, or another "
             f"program has the address ({error})"
         ) from error
+    link: GroupLink | None = None
     try:
         with _translated():
-            yield GroupLink(device=_device(), timeout=timeout, latency=latency)
+            link = GroupLink(device=_device(), timeout=timeout, latency=latency)
+            with link.telling():
+                yield link
     finally:
+        if link is not None:
+            link.leave()
         # Where a rank is lost there is nobody to say goodbye to.
         with contextlib.suppress(RuntimeError, dist.DistError):
             dist.destroy_process_group()

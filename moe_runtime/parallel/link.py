@@ -8,23 +8,32 @@ from __future__ import annotations
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from moe_runtime.errors import ConfigError, ParallelError
+from moe_runtime.parallel.failures import (
+    Failure,
+    OthersFailedError,
+    RankLostError,
+    failure_of,
+)
+from moe_runtime.parallel.packing import packed, row_bytes, unpacked
 from moe_runtime.parallel.traffic import Ledger, Traffic
 
 __all__ = ["Arrival", "Link", "Parcel"]
 
-_MOST_NOTES = 256
+_MOST_NOTES = 255  # notes of a byte; the last one says that a rank has failed
+_OfError = TypeVar("_OfError", bound=BaseException)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Parcel:
-    """What one rank sends to one other in one call: uint8 `[bytes]`, and a note of 0 to 255."""
+    """What one rank sends to one other in one call: uint8 `[bytes]`, and a note of 0 to 254."""
 
     payload: torch.Tensor
     note: int = 0
@@ -48,8 +57,9 @@ class Arrival:
 class Link(ABC):
     """The connection of one rank with all others. Every rank makes the same calls, in one order.
 
-    A call in which one rank fails or is late ends with an error on the others, at the latest after
-    `timeout`; the link is of no use then.
+    A rank that fails says so (`telling`), and the others' next or present call ends with its word;
+    one that hangs is noticed after `timeout`, one that dies as soon as its connections are closed.
+    The link is of no use then: ranks are no longer at the same call.
 
     Args:
         rank: this one's number, `0..size-1`.
@@ -81,6 +91,55 @@ class Link(ABC):
         self.rank, self.size, self.device = rank, size, device
         self.latency, self.timeout = latency, timeout
         self.ledger = Ledger()
+        self._over: str | None = None  # why this link is of no use any more
+        self._inside = False  # a call has begun and not come to its end
+        self._agreed = False  # since the last call all ranks have raised an error alike
+
+    # -- failing ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Inside, an error that leaves is told to the others, who raise `OthersFailedError`.
+
+        Nothing is told of errors that all ranks raise alike (`agreed`), or know of already. Around
+        everything between two calls that can fail on one rank alone; may be nested.
+        """
+        self._agreed = False
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def agreed(self, error: _OfError) -> _OfError:
+        """The error, which every rank raises at this place: nobody needs to be told of it, and the
+        link stays of use.
+        """
+        self._agreed = True
+        return error
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank makes no call any more, and why; waits for nobody."""
+        if self._over is None and not self._agreed:
+            failure = failure_of(self.rank, error)
+            self._over = str(failure)
+            # Of a loss others are not told as if it were this rank's fault: they see it themselves.
+            self._tell(None if isinstance(error, RankLostError) else failure)
+
+    @property
+    def rounds(self) -> int:
+        """Messages of a call that have to arrive one after the other."""
+        return 1
+
+    @property
+    def over(self) -> bool:
+        """Whether the link is of no use any more."""
+        return self._over is not None or self._inside
+
+    def _others_failed(self, what: str, failures: Sequence[Failure]) -> OthersFailedError:
+        """The error to raise in a call that others' failure has ended; they need no word of it."""
+        self._over = "; ".join(map(str, failures)) or "another rank went without a word"
+        return OthersFailedError(f"rank {self.rank} stops in {what}: {self._over}", failures)
 
     # -- what subclasses do ----------------------------------------------------------------------
 
@@ -92,7 +151,14 @@ class Link(ABC):
             The parcels from each rank, by rank, and the rounds that it took.
 
         Raises:
-            ParallelError: a rank failed or was late; the text names `what`.
+            OthersFailedError: a rank failed and said so.
+            RankLostError: a rank was lost or late; the text names `what`.
+        """
+
+    @abstractmethod
+    def _tell(self, failure: Failure | None) -> None:
+        """End the others' next or present call, with this if it is given; waits for nobody, raises
+        nothing.
         """
 
     @property
@@ -138,7 +204,7 @@ class Link(ABC):
         assert len(counts) == self.size, "rows go to ranks that exist"
         ends = torch.tensor(counts).cumsum(0).tolist()
         parcels = [
-            Parcel(payload=_packed(rows, order[end - count : end]), note=note)
+            Parcel(payload=packed(rows, order[end - count : end]), note=note)
             for count, end in zip(counts, ends, strict=True)
         ]
         return self._call(kind, layer, rows, parcels, counts)
@@ -155,7 +221,7 @@ class Link(ABC):
             The rows of all ranks, in the order of ranks; the same on each of them.
         """
         count = len(rows[0])
-        payload = _packed(rows, torch.arange(count, device=self.device))
+        payload = packed(rows, torch.arange(count, device=self.device))
         parcels = [Parcel(payload=payload)] * self.size
         return self._call(kind, layer, rows, parcels, [count] * self.size).rows
 
@@ -173,7 +239,7 @@ class Link(ABC):
         """
         counts = torch.tensor([len(rows[0]) for rows in groups])
         every = [torch.arange(int(count), device=self.device) for count in counts]
-        parts = [_packed(rows, chosen) for rows, chosen in zip(groups, every, strict=True)]
+        parts = [packed(rows, chosen) for rows, chosen in zip(groups, every, strict=True)]
         ahead = counts.view(torch.uint8).to(self.device)
         payload = torch.cat([ahead, *parts])
         arrived, rounds = self._timed(kinds[0], [Parcel(payload=payload)] * self.size)
@@ -202,13 +268,13 @@ class Link(ABC):
         starts = [width] * self.size
         found = []
         for at, rows in enumerate(groups):
-            sizes = [_row_bytes(rows) * counts[at] for counts in numbers]
+            sizes = [row_bytes(rows) * counts[at] for counts in numbers]
             parts = [p[s : s + n] for p, s, n in zip(payloads, starts, sizes, strict=True)]
             starts = [s + n for s, n in zip(starts, sizes, strict=True)]
             here = [counts[at] for counts in numbers]
             source = torch.repeat_interleave(torch.arange(self.size), torch.tensor(here))
             found.append(
-                Arrival(rows=_unpacked(rows, parts, here), source=source.to(self.device), notes=())
+                Arrival(rows=unpacked(rows, parts, here), source=source.to(self.device), notes=())
             )
         return found
 
@@ -237,19 +303,27 @@ class Link(ABC):
         counts: list[int],
     ) -> Arrival:
         arrived = self._round(kind, layer, parcels, counts)
-        width = _row_bytes(rows)
+        width = row_bytes(rows)
         numbers = [len(one.payload) // width for one in arrived]
         source = torch.repeat_interleave(torch.arange(self.size), torch.tensor(numbers))
         return Arrival(
-            rows=_unpacked(rows, [one.payload for one in arrived], numbers),
+            rows=unpacked(rows, [one.payload for one in arrived], numbers),
             source=source.to(self.device),
             notes=tuple(one.note for one in arrived),
         )
 
     def _timed(self, place: str, parcels: list[Parcel]) -> tuple[list[Parcel], int]:
         """One swap, its waiting timed and the latency slept."""
+        if self.over:
+            raise ParallelError(
+                f"rank {self.rank}: this link is of no use for {place}, since ranks are no longer "
+                f"at the same call: {self._over or 'a call on it did not come to its end'}. Start "
+                "the ranks again, or give them a new process group"
+            )
+        self._agreed, self._inside = False, True
         began = time.perf_counter()
         arrived, rounds = self._swap(place, parcels)
+        self._inside = False
         self.ledger.idle_seconds += time.perf_counter() - began
         if self.latency:
             began = time.perf_counter()
@@ -279,59 +353,3 @@ class Link(ABC):
             )
         )
         return arrived
-
-
-# -- rows as bytes -------------------------------------------------------------------------------
-
-
-def _widths(rows: Sequence[torch.Tensor]) -> list[int]:
-    """Bytes that one row of each tensor takes."""
-    return [
-        tensor[:1].numel() * tensor.itemsize if len(tensor) else _empty(tensor) for tensor in rows
-    ]
-
-
-def _empty(tensor: torch.Tensor) -> int:
-    count = tensor.itemsize
-    for size in tensor.shape[1:]:
-        count *= size
-    return count
-
-
-def _row_bytes(rows: Sequence[torch.Tensor]) -> int:
-    width = sum(_widths(rows))
-    assert width > 0, "a row has bytes"
-    return width
-
-
-def _by_alignment(rows: Sequence[torch.Tensor]) -> list[int]:
-    """Places of the tensors, wide elements first, so that each begins at a multiple of its own."""
-    return sorted(range(len(rows)), key=lambda at: -rows[at].itemsize)
-
-
-def _packed(rows: Sequence[torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
-    """uint8 `[bytes]`: the chosen rows of each tensor, one tensor after the other."""
-    return torch.cat(
-        [
-            rows[at].detach().index_select(0, chosen).contiguous().view(-1).view(torch.uint8)
-            for at in _by_alignment(rows)
-        ]
-    )
-
-
-def _unpacked(
-    rows: Sequence[torch.Tensor], payloads: list[torch.Tensor], numbers: list[int]
-) -> list[torch.Tensor]:
-    """The tensors `[n, ...]` of all payloads, in their order."""
-    widths = _widths(rows)
-    parts: list[list[torch.Tensor]] = [[] for _ in rows]
-    for payload, count in zip(payloads, numbers, strict=True):
-        if payload.storage_offset() % 16:  # a part of a longer buffer: elements want alignment
-            payload = payload.clone()  # noqa: PLW2901
-        start = 0
-        for at in _by_alignment(rows):
-            end = start + widths[at] * count
-            like = rows[at]
-            parts[at].append(payload[start:end].view(like.dtype).view(count, *like.shape[1:]))
-            start = end
-    return [torch.cat(one) for one in parts]

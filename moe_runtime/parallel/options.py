@@ -1,6 +1,6 @@
 """What a parallel run is to do, as a checked value.
 
-Knows no models, plans or links.
+Knows no models and no plans.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from moe_runtime.errors import ConfigError
+from moe_runtime.placement.links import Links
 
 __all__ = ["CHECKS", "HOMES", "MODES", "STARTS", "ParallelOptions"]
 
@@ -39,6 +40,8 @@ class ParallelOptions:
             chose, as many prompts on each rank as before. Keys and values follow once.
         check: compare coherent with vanilla logits on some rows first, and if they differ:
             `"fallback"` runs vanilla, `"stop"` raises; `"off"` does not compare.
+        links: between ranks, for the time that prefill is foretold to take on them; None for those
+            that the plan's step times were predicted for, if it has any.
         keep_routing: keep what each token was routed to (`ParallelRun.routing`).
 
     Raises:
@@ -54,6 +57,7 @@ class ParallelOptions:
     start: str = "token"
     homes: str = "order"
     check: str = "fallback"
+    links: Links | None = None
     keep_routing: bool = True
 
     def __post_init__(self) -> None:

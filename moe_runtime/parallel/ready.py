@@ -73,7 +73,7 @@ def ready_checkpoint(
     require_same(link, _facts(prompts, plan, options) | {"checkpoint": fingerprint})
     spec = source.spec
     plan = plan if plan is not None else contiguous_plan(spec.grid, link.size)
-    shares = shares_of(plan, spec, link.size)
+    shares = _shares(link, plan, spec)
     owned = shares.owned(link.rank)
     need = Footprint(
         experts=source.expert_bytes(owned),
@@ -107,13 +107,23 @@ def ready_model(
     Raises:
         ParallelError, PlanError, UnsupportedModelError: as `ready_checkpoint`.
     """
-    spec = read_spec(model)
-    refuse_modules(spec)
+    spec = together(link, "reading the model", lambda: _spec_of(model))
     require_same(link, _facts(prompts, plan, options) | {"model": spec.fingerprint})
     plan = plan if plan is not None else contiguous_plan(spec.grid, link.size)
-    shares = shares_of(plan, spec, link.size)
+    shares = _shares(link, plan, spec)
     held = held_experts(model, spec, shares.owned(link.rank), experts)
     return ReadyModel(model=model, spec=spec, plan=plan, shares=shares, held=held)
+
+
+def _spec_of(model: PreTrainedModel) -> MoESpec:
+    spec = read_spec(model)
+    refuse_modules(spec)
+    return spec
+
+
+def _shares(link: Link, plan: Plan, spec: MoESpec) -> Shares:
+    """All ranks have the same plan and model, so that it fits on all or on none."""
+    return together(link, "fitting the plan", lambda: shares_of(plan, spec, link.size))
 
 
 def _facts(

@@ -79,8 +79,11 @@ class ParallelRun:
         idle_seconds: of each rank, waiting for others and for bytes on their way.
         slept_seconds: of each rank, for the link's stated latency.
         seconds: of the slowest rank, prefill and steps.
+        prefill_seconds: of them, of the slowest rank, prefills.
+        prefill_wait_seconds: of each rank in prefills, waiting for others and for bytes on their
+            way, stated latency included. What links take is no more than the least of them.
         check: the self-check; None where there was none.
-        predicted: what the plan foretold for the same tokens; empty without routing.
+        predicted: what was foretold for the same tokens; empty without routing.
         routing: what each token was routed to; not in the file.
     """
 
@@ -98,6 +101,8 @@ class ParallelRun:
     idle_seconds: tuple[float, ...] = ()
     slept_seconds: tuple[float, ...] = ()
     seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    prefill_wait_seconds: tuple[float, ...] = ()
     check: SelfCheck | None = None
     predicted: Mapping[str, Any] = field(default_factory=dict)
     routing: RoutingTrace | None = field(default=None, compare=False, repr=False)
@@ -163,6 +168,8 @@ class ParallelRun:
             "idle_seconds": [round(one, 6) for one in self.idle_seconds],
             "slept_seconds": [round(one, 6) for one in self.slept_seconds],
             "seconds": round(self.seconds, 6),
+            "prefill_seconds": round(self.prefill_seconds, 6),
+            "prefill_wait_seconds": [round(one, 6) for one in self.prefill_wait_seconds],
             "check": None if self.check is None else vars(self.check) | {},
             "predicted": dict(self.predicted),
         }
@@ -207,5 +214,7 @@ class ParallelRun:
             traffic=tuple(Traffic(**entry) for entry in data["traffic"]),
             stays=tuple(LayerStays(**entry) for entry in data["stays"]),
             lean=tuple(data["lean_layers"]),
+            prefill_seconds=data.get("prefill_seconds", 0.0),  # older files have none
+            prefill_wait_seconds=tuple(data.get("prefill_wait_seconds", ())),
             check=None if check is None else SelfCheck(**check),
         )

@@ -5,7 +5,6 @@ Knows checkpoints and where experts lie in them; knows no links, and not who com
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from moe_runtime.expert_tensors import held_tensors, place_placeholders
 from moe_runtime.layout import largest_whole_row
 from moe_runtime.loading import build_structure, load_without_experts, read_config, resolve_class
 from moe_runtime.model_spec import MoELayer, MoESpec, read_spec
+from moe_runtime.parallel.fingerprint import checkpoint_fingerprint
 from moe_runtime.parallel.held import refuse_modules
 from moe_runtime.placement.plan import Plan
 from moe_runtime.safetensors_index import CheckpointFiles, open_checkpoint, resolve_shards
@@ -30,7 +30,6 @@ from moe_runtime.store import Bounce, DiskStore, ParameterStore, Store
 __all__ = ["Shard", "ShardSource", "experts_of", "open_source", "shard_of"]
 
 _CHUNK = 4 << 20  # bytes read at once
-_SAMPLES, _SAMPLE = 64, 4096  # blocks of a shard, and bytes of each, that its fingerprint reads
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,22 +97,12 @@ class ShardSource:
     options: Mapping[str, Any]
 
     def fingerprint(self) -> str:
-        """16 hex digits of names, shapes and types of all tensors and of samples of their bytes.
+        """16 hex digits, by `checkpoint_fingerprint`; the same on ranks with the same files.
 
-        64 blocks of 4 KiB of each shard are read, evenly spaced: another training of the same
-        structure is told apart, a single changed weight need not be.
+        Raises:
+            CheckpointError, OSError: a shard cannot be read.
         """
-        digest = hashlib.sha256(self.spec.fingerprint.encode())
-        for name in sorted(self.files.tensors):
-            entry = self.files.tensors[name]
-            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
-        for path in self.files.paths:
-            size = os.path.getsize(path)
-            with open(path, "rb") as file:
-                for number in range(_SAMPLES):
-                    file.seek(max(size - _SAMPLE, 0) * number // (_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE))
-        return digest.hexdigest()[:16]
+        return checkpoint_fingerprint(self.files, self.spec.fingerprint)
 
     def expert_bytes(self, owned: Mapping[int, Sequence[int]]) -> int:
         """Bytes that these experts will take."""

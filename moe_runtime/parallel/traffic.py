@@ -71,6 +71,11 @@ class Ledger:
         self.idle_seconds = 0.0
         self.slept_seconds = 0.0
 
+    @property
+    def waited_seconds(self) -> float:
+        """Both together."""
+        return self.idle_seconds + self.slept_seconds
+
     def add(self, entry: Traffic) -> None:
         """Count one more call."""
         key = (entry.kind, entry.layer)

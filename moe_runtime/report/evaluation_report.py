@@ -5,12 +5,11 @@ Does not know how they were measured; all it shows is in the evaluation's file.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.report import evaluation_facts as facts
-from moe_runtime.report.layout import save_as
+from moe_runtime.report.base import FactsReport
 from moe_runtime.report.summary import NONE, count, percent
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ __all__ = ["EvaluationReport"]
 _TITLES = (*("recall k", "precision k", "recall 2k", "precision 2k"), "calibr. err", "a token")
 
 
-class EvaluationReport:
+class EvaluationReport(FactsReport):
     """An evaluation and its renderings: `str(report)`, `facts()`, `to_html()`."""
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -44,20 +43,9 @@ class EvaluationReport:
         return facts.facts_of(self.evaluation)
 
     def to_html(self) -> str:
-        """One self-contained page: styles and figures inside, nothing fetched."""
         from moe_runtime.report.evaluation_page import render_evaluation
 
         return render_evaluation(self.evaluation)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page (`.html`) or the facts (`.json`), whole or not at all.
-
-        Raises:
-            ConfigError: another ending.
-        """
-        return save_as(
-            path, self.to_html, lambda: json.dumps(self.facts(), indent=1, allow_nan=False) + "\n"
-        )
 
     def __str__(self) -> str:
         found = self.evaluation
@@ -89,9 +77,6 @@ class EvaluationReport:
                 ]
                 lines.append(f"{name:<{width}}" + "".join(f"{cell:>14}" for cell in cells))
         return "\n".join([*lines, *_further(found)])
-
-    def __repr__(self) -> str:
-        return f"EvaluationReport({self.outcome})"
 
 
 def _further(found: Evaluation) -> list[str]:

@@ -5,20 +5,15 @@ Does not know what a page is about.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from moe_runtime.errors import ConfigError
-from moe_runtime.files import write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
-__all__ = ["Figure", "Tile", "present", "save_as", "template"]
+__all__ = ["Figure", "Tile", "present", "template"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +57,3 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def save_as(path: str | Path, page: Callable[[], str], plain: Callable[[], str]) -> Path:
-    """Write a report's page (`.html`) or its plain data (`.json`), whole or not at all.
-
-    Raises:
-        ConfigError: another ending.
-    """
-    target = Path(path)
-    if target.suffix == ".html":
-        return write_text(target, page())
-    if target.suffix == ".json":
-        return write_text(target, plain())
-    raise ConfigError(f"{target}: a report is saved as .html or .json; choose such a name")

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.report.layout import Tile, save_as, template
+from moe_runtime.report.base import FactsReport
+from moe_runtime.report.layout import Tile, template
 from moe_runtime.report.run import RunError
 from moe_runtime.report.summary import NONE, count, duration, percent, size
 
@@ -23,7 +24,7 @@ _COUNTS = ("calls", "rows", "bytes", "frame_bytes", "kept_rows")
 _TITLES = ("Kind", "Layer", "Calls", "Rows sent", "Bytes sent", "Sizes and notes", "Rows kept")
 
 
-class ParallelReport:
+class ParallelReport(FactsReport):
     """A parallel run and its renderings: `str(report)`, `facts()`, `to_html()`.
 
     Args:
@@ -66,7 +67,6 @@ class ParallelReport:
         return {name: v for name, v in self._data.items() if name not in left} | {"kinds": kinds}
 
     def to_html(self) -> str:
-        """One self-contained page."""
         return template("parallel.html.j2").render(
             kind="parallel run",
             title=f"{count(self._data['ranks'])} ranks, {self._data['mode']}",
@@ -79,16 +79,6 @@ class ParallelReport:
             layers=[_cells(_row(one)) for one in self._data["traffic"] if one["layer"] is not None],
             stays=self._stays(),
             ranks=self._ranks(),
-        )
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page (`.html`) or the facts (`.json`), whole or not at all.
-
-        Raises:
-            ConfigError: another ending.
-        """
-        return save_as(
-            path, self.to_html, lambda: json.dumps(self.facts(), indent=1, allow_nan=False) + "\n"
         )
 
     def __str__(self) -> str:
@@ -172,9 +162,28 @@ class ParallelReport:
             for name, key, seen in names
             if key in told
         ]
+        shown += self._prefill(told.get("prefill"))
         distinct = told.get("distinct_ranks")
         if isinstance(distinct, int | float):
             shown.append(("Ranks that a token needs in a layer", f"{distinct:.2f}", NONE))
+        return shown
+
+    def _prefill(self, told: Any) -> list[tuple[str, str, str]]:
+        """Bytes of prefill, and its time on the links beside the least that a rank waited."""
+        if not isinstance(told, Mapping):
+            return []
+        sent = sum(
+            one["bytes"] + one["frame_bytes"]
+            for one in self._data["traffic"]
+            if one["kind"].startswith("prefill.")
+        )
+        waits = self._data.get("prefill_wait_seconds")
+        least = min(waits) if isinstance(waits, list) and waits else None
+        shown = []
+        if isinstance(foretold := told.get("cross_bytes"), int):
+            shown.append(("Bytes between ranks in prefill", size(foretold), size(sent)))
+        if isinstance(seconds := told.get("seconds"), int | float):
+            shown.append(("Prefill on the links", duration(seconds), duration(least)))
         return shown
 
     def _stays(self) -> list[tuple[str, ...]]:

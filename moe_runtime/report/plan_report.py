@@ -5,7 +5,6 @@ Does not know how a plan is made; all it shows is in the plan's file, but for a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ from moe_runtime.core import FloatArray
 from moe_runtime.errors import PlanError
 from moe_runtime.placement.plan import Plan
 from moe_runtime.report import plan_facts as facts
-from moe_runtime.report.layout import save_as
+from moe_runtime.report.base import FactsReport
 from moe_runtime.report.plan_step_time import step_time_lines
 from moe_runtime.report.summary import size
 
 __all__ = ["PlanReport"]
 
 
-class PlanReport:
+class PlanReport(FactsReport):
     """A plan and its renderings: `str(report)`, `facts()`, `to_html()`.
 
     Args:
@@ -81,18 +80,9 @@ class PlanReport:
         }
 
     def to_html(self) -> str:
-        """One self-contained page: styles and figures inside, nothing fetched."""
         from moe_runtime.report.plan_page import render_plan
 
         return render_plan(self.plan, self.transitions)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page (`.html`) or the facts (`.json`), whole or not at all.
-
-        Raises:
-            ConfigError: another ending.
-        """
-        return save_as(path, self.to_html, lambda: json.dumps(self.facts(), indent=1) + "\n")
 
     def __str__(self) -> str:
         plan = self.plan
@@ -121,9 +111,6 @@ class PlanReport:
                 f"{span.format(**row):>11}  {row['resident']:>8}  {load:>12}"
             )
         return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return f"PlanReport({self.outcome})"
 
 
 def _model(plan: Plan) -> str:

@@ -5,19 +5,18 @@ Does not know how it was simulated; all it shows is in the simulation's file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_runtime.report import simulated_words as words
-from moe_runtime.report.layout import save_as
+from moe_runtime.report.base import FactsReport
 from moe_runtime.report.simulated import Simulated, read_simulated
 
 __all__ = ["SimulationReport"]
 
 
-class SimulationReport:
+class SimulationReport(FactsReport):
     """A simulation and its renderings: `str(report)`, `facts()`, `to_html()`."""
 
     def __init__(self, found: Simulated) -> None:
@@ -43,20 +42,9 @@ class SimulationReport:
         return words.facts_of(self._found)
 
     def to_html(self) -> str:
-        """One self-contained page: styles and figures inside, nothing fetched."""
         from moe_runtime.report.simulated_page import render_simulated
 
         return render_simulated(self._found)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page (`.html`) or the facts (`.json`), whole or not at all.
-
-        Raises:
-            ConfigError: another ending.
-        """
-        return save_as(
-            path, self.to_html, lambda: json.dumps(self.facts(), indent=1, allow_nan=False) + "\n"
-        )
 
     def __str__(self) -> str:
         rows = words.ranked(self._found)
@@ -75,6 +63,3 @@ class SimulationReport:
                 ),
             ]
         )
-
-    def __repr__(self) -> str:
-        return f"SimulationReport({self.outcome})"

@@ -5,12 +5,11 @@ Does not know how anything was measured; all it shows is in the files.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.report import steering_words as words
-from moe_runtime.report.layout import save_as
+from moe_runtime.report.base import FactsReport
 from moe_runtime.report.steering_parts import SteeringParts, read_parts
 from moe_runtime.report.summary import NONE, percent, rate, size
 
@@ -24,7 +23,7 @@ __all__ = ["SteeringReport"]
 _LISTED = 10  # experts of the ranking in the text
 
 
-class SteeringReport:
+class SteeringReport(FactsReport):
     """What is known about steering a model: `str(report)`, `facts()`, `to_html()`."""
 
     def __init__(self, parts: SteeringParts) -> None:
@@ -49,20 +48,9 @@ class SteeringReport:
         return words.facts_of(self.parts)
 
     def to_html(self) -> str:
-        """One self-contained page: styles and figures inside, nothing fetched."""
         from moe_runtime.report.steering_page import render_steering
 
         return render_steering(self.parts)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the page (`.html`) or the facts (`.json`), whole or not at all.
-
-        Raises:
-            ConfigError: another ending.
-        """
-        return save_as(
-            path, self.to_html, lambda: json.dumps(self.facts(), indent=1, allow_nan=False) + "\n"
-        )
 
     def __str__(self) -> str:
         parts = self.parts
@@ -75,9 +63,6 @@ class SteeringReport:
         for cost in parts.costs:
             lines += ["", *_costs(cost)]
         return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return f"SteeringReport({self.outcome})"
 
 
 def _table(titles: tuple[str, ...], rows: list[list[str]]) -> list[str]:
