@@ -50,10 +50,10 @@ from shaped_network import burst_bytes, run_ranks
 RESULTS = Path(__file__).parent / "results" / "parallel_links.json"
 SAY = Console(stderr=True, highlight=False)
 SEED = 0
-STEPS, ROUNDS = 8, 5
+STEPS, ROUNDS = 6, 5
 TEXTS, TOKENS = 40, 400  # of each kind; of each text
 PLAN_SECONDS = 4.0
-RAW_SIZES = [8, 4096, 65536, 524288]
+RAW_SIZES = [8, 4096, 65536, 262144]
 SLOW, FAST = ("100 Mbit/s, 0.2 ms", 1e8, 2e-4), ("1 Gbit/s, 0.2 ms", 1e9, 2e-4)
 LINKS = (FAST, SLOW)
 CASES = {  # top-k, hidden width, numbers of a key and value, rows a step, links
