@@ -37,7 +37,8 @@ class ParallelOptions:
             ended. Also what `"token"` does with tokens not seen yet.
         homes: where prompts live in vanilla mode: `"order"`, in equal blocks as they were given;
             `"prefill"`, after the prefill on the rank with most of the experts that their tokens
-            chose, as many prompts on each rank as before. Keys and values follow once.
+            chose, as many prompts on each rank as before. Keys and values follow once. The cost
+            model does not foretell this: it has homes in order.
         check: compare coherent with vanilla logits on some rows first, and if they differ:
             `"fallback"` runs vanilla, `"stop"` raises; `"off"` does not compare.
         links: between ranks, for the time that prefill is foretold to take on them; None for those
