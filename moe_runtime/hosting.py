@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from moe_runtime.errors import ConfigError
 from moe_runtime.hardware.values import HardwareProfile
 from moe_runtime.places import Busy, MissCost, choose_place, miss_cost
 
-__all__ = ["HOST_EXECUTION", "Hosting", "Miss", "make_hosting"]
+__all__ = ["Hosting", "Miss", "make_hosting"]
 
-HOST_EXECUTION = ("auto", "never", "always")
 
 # The host's seconds count so many times, since what is fetched stays for later steps. On the shared
 # traces this, with one expert brought in behind where none was fetched, is the rule that is never
@@ -101,13 +99,7 @@ class Hosting:
 
 
 def make_hosting(mode: str, profile: HardwareProfile | None, device: str) -> Hosting | None:
-    """The rule for an option of `HOST_EXECUTION`; None if nothing is computed on the host.
-
-    Raises:
-        ConfigError: no such option.
-    """
-    if mode not in HOST_EXECUTION:
-        raise ConfigError(f"host_execution must be one of {HOST_EXECUTION}, found {mode!r}")
+    """The rule for `RuntimeConfig.host_execution`; None if nothing is computed on the host."""
     if mode == "always":
         return Hosting(device=device, profile=None)
     if mode == "never" or profile is None or profile.copy_seconds(device, 1 << 20) is None:
