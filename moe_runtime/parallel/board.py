@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import torch.distributed as dist
@@ -34,7 +35,8 @@ class Board:
         self._group, self._rank, self._size = group, rank, size
         with contextlib.suppress(*_LOST):
             # A group that is made anew may have the store of one that failed.
-            self._store().delete_key(self._key(rank))
+            for key in (self._key(rank), self._seen(rank)):
+                self._store().delete_key(key)
 
     def leave_word(self, failure: Failure) -> None:
         """Say that this rank has failed, once."""
@@ -53,7 +55,26 @@ class Board:
                 if rank != self._rank and store.check([self._key(rank)]):
                     order, said = json.loads(store.get(self._key(rank)))
                     found += [(order, one) for one in failures_from_bytes(said.encode())]
+            if found:
+                store.set(self._seen(self._rank), "")
         return tuple(one for _, one in sorted(found, key=lambda pair: pair[0]))
+
+    def wait_until_read(self, seconds: float) -> None:
+        """Wait so long at most until every other rank has read word of some failure, or left one.
+
+        The store may end with this process.
+        """
+        until = time.monotonic() + seconds
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        with contextlib.suppress(*_LOST):
+            store = self._store()
+            while others and time.monotonic() < until:
+                others = [
+                    rank
+                    for rank in others
+                    if not store.check([self._seen(rank)]) and not store.check([self._key(rank)])
+                ]
+                time.sleep(0.005 if others else 0.0)
 
     def _store(self) -> Any:
         group = dist.group.WORLD if self._group is None else self._group
@@ -62,3 +83,7 @@ class Board:
     @staticmethod
     def _key(rank: int) -> str:
         return f"{_PLACE}/failed/{rank}"
+
+    @staticmethod
+    def _seen(rank: int) -> str:
+        return f"{_PLACE}/seen/{rank}"

@@ -112,6 +112,7 @@ class GroupLink(Link):
         self._gloo = backend == "gloo"
         self._board = Board(group, rank=self.rank, size=self.size)
         self._last_words: list[Any] = []
+        self._told = False
         self._held: list[Any] = []
         self._tag = next(_TAGS.setdefault(self._ranks(), count(FAILED + 1)))
         self._eager = framing == "eager" or (framing is None and backend == "gloo")
@@ -160,6 +161,8 @@ class GroupLink(Link):
             for work in self._last_words:
                 work.wait(timedelta(seconds=max(0.001, until - time.monotonic())))
         self._last_words.clear()
+        if self._told:
+            self._board.wait_until_read(until - time.monotonic())
 
     def _tell(self, failure: Failure | None) -> None:
         self._spoilt()
@@ -167,6 +170,7 @@ class GroupLink(Link):
             return
         if failure is not None:
             self._board.leave_word(failure)
+            self._told = True
         try:
             if self._inside or failure is None:
                 self._hang_up()
